@@ -1,0 +1,1 @@
+"""Durable state: artifacts, leases, the model registry, the experiment tracker."""

@@ -1,0 +1,1 @@
+"""Typed configuration, one module a subject."""

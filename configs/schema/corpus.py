@@ -1,0 +1,72 @@
+"""Sources of text, tokenizers, token corpora and instruction pairs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from configs.schema.base import Config, Input, placement
+
+
+class SourceConfig(Config):
+    """Where raw text comes from: every matching file below `path` is one document."""
+
+    path: str = placement(...)
+    """A file or folder; `python:stdlib` is the standard library of the running interpreter."""
+    include: tuple[str, ...] = ("*.py",)
+    """Glob patterns on the path relative to `path`; a file must match one."""
+    exclude: tuple[str, ...] = ("site-packages/*", "*/__pycache__/*")
+    """Glob patterns on the path relative to `path`; a file that matches one is left out."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
+    """Share of files that may be unreadable (bad UTF-8, no permission) before the stage fails."""
+
+
+class SplitConfig(Config):
+    """Which documents are held out, decided by the hash of their content."""
+
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents (by hash) that no training stage sees."""
+    salt: str = "split-1"
+    """Mixed into the hash; another salt gives another split."""
+
+
+class TokenizerConfig(Config):
+    """Stage `tokenizer`: a byte-level BPE trained on the training split, with chat template and special tokens."""
+
+    kind: Literal["tokenizer"] = "tokenizer"
+    source: SourceConfig
+    split: SplitConfig = SplitConfig()
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
+    """Entries in the vocabulary, the 256 bytes and the special tokens included."""
+    sample_bytes: Annotated[int, Field(ge=10_000)] = 8_000_000
+    """Text the merges are learned from, sampled by document hash."""
+
+
+class CorpusConfig(Config):
+    """Stage `corpus`: tokenized, sharded, checksummed documents."""
+
+    kind: Literal["corpus"] = "corpus"
+    tokenizer: Input
+    source: SourceConfig
+    split: SplitConfig = SplitConfig()
+    span_bytes: Annotated[int, Field(ge=1 << 12)] = 1 << 20
+    """Text one Ray task encodes; part of the shard layout."""
+    shard_tokens: Annotated[int, Field(ge=1 << 10)] = 1 << 22
+    """Tokens a shard file holds before the next begins."""
+    max_in_flight: Annotated[int, Field(ge=1)] | None = placement(None)
+    """Ray tasks at a time; two a CPU unless set."""
+
+
+class InstructionsConfig(Config):
+    """Stage `instructions`: prompt/completion pairs derived from Python source with `ast`."""
+
+    kind: Literal["instructions"] = "instructions"
+    source: SourceConfig
+    split: SplitConfig = SplitConfig()
+    tasks: tuple[Literal["summary", "signature"], ...] = ("summary", "signature")
+    """`summary`: function source to the first docstring line; `signature`: docstring to `def` line."""
+    max_prompt_chars: Annotated[int, Field(ge=50)] = 600
+    """Longer prompts are left out."""
+    max_completion_chars: Annotated[int, Field(ge=10)] = 120
+    """Longer completions are left out."""

@@ -1,0 +1,84 @@
+"""How a model is trained: optimizer, schedule, batch, precision, checkpoints, workers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from configs.schema.base import Config, Input, placement
+from configs.schema.model import ModelConfig
+
+
+class OptimConfig(Config):
+    """Optimizer and learning-rate schedule."""
+
+    name: Literal["adamw", "muon"] = "muon"
+    """`muon`: Muon for the hidden matrices, AdamW for embeddings, norms and biases."""
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate of AdamW's parameters."""
+    muon_learning_rate: Annotated[float, Field(gt=0)] = 0.02
+    """Peak learning rate of Muon's matrices."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    schedule: Literal["cosine", "linear", "wsd"] = "wsd"
+    """`wsd`: warm-up, stable, linear decay."""
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the steps in which `wsd` decays."""
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Learning rate at the last step as a share of the peak."""
+
+
+class TrainingConfig(Config):
+    """One training run, whatever the objective."""
+
+    steps: Annotated[int, Field(ge=1)]
+    batch_rows: Annotated[int, Field(ge=1)] = 16
+    """Rows in a global batch, over all workers and micro-batches."""
+    micro_batch_rows: Annotated[int, Field(ge=1)] = placement(8)
+    """Rows one worker runs forward and backward at once."""
+    seed: int = 1
+    optim: OptimConfig = OptimConfig()
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the processor or GPU has it, fp32 elsewhere."""
+    compile: Literal["auto", "on", "off"] = "off"
+    """`torch.compile` of the model; `auto`: where a C++ toolchain or a GPU is there."""
+    eval_every_steps: Annotated[int, Field(ge=1)] = 50
+    eval_rows: Annotated[int, Field(ge=1)] = 64
+    """Validation rows scored at each evaluation."""
+    log_every_steps: Annotated[int, Field(ge=1)] = 5
+    checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
+    """Time between two durable checkpoints of a run."""
+    workers: Annotated[int, Field(ge=1)] = 2
+    """Data-parallel Ray Train workers."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = placement(1)
+    use_gpu: bool = placement(False)
+    max_failures: Annotated[int, Field(ge=0)] = placement(3)
+    """Times that dead workers are replaced before the stage fails."""
+
+    @model_validator(mode="after")
+    def _rows_divide(self) -> Self:
+        if self.batch_rows % self.workers:
+            raise ValueError(f"batch_rows {self.batch_rows} must be a multiple of workers {self.workers}")
+        return self
+
+
+class PretrainConfig(Config):
+    """Stage `pretrain`: causal language modelling from scratch."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    corpus: Input
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig
+
+
+class FinetuneConfig(Config):
+    """Stage `finetune`: supervised fine-tuning on prompt/completion pairs, loss on the completion only."""
+
+    kind: Literal["finetune"] = "finetune"
+    model: Input
+    data: Input
+    training: TrainingConfig
