@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from configs.schema.base import Config, Input, placement
+from configs.schema.base import Config, Input
+
+Metric = Literal["rouge_l", "chrf"]
+"""Scores from 0 to 100: ROUGE-L of the summaries, chrF of the signatures."""
 
 
 class EvaluateConfig(Config):
     """Stage `evaluate`: models side by side on held-out documents and instruction pairs."""
 
     kind: Literal["evaluate"] = "evaluate"
-    models: Annotated[dict[str, Input], Field(min_length=1)]
-    """Label in the report to model, in the order of the table; the first is the baseline."""
+    models: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")], Input], Field(min_length=1)
+    ]
+    """Label in the report to model, in the order of the tables."""
     corpus: Input
     data: Input
     rows: Annotated[int, Field(ge=1)] = 64
-    """Validation rows scored for bits per byte."""
+    """Validation rows scored for bits per byte; each as long as the shortest context of the models."""
     pairs: Annotated[int, Field(ge=1)] = 64
     """Held-out pairs answered for each task."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 40
-    max_sequences: Annotated[int, Field(ge=1)] = placement(32)
-    """Sequences decoded together."""
+    """Longest answer in tokens."""
+    max_sequences: Annotated[int, Field(ge=1)] = 32
+    """Sequences decoded together. It counts as content: the rounding of matrix products depends on it, and a greedy
+    answer may turn on that."""
 
 
 class GateConfig(Config):
@@ -33,8 +40,14 @@ class GateConfig(Config):
     """Label of the model in the report that must be beaten."""
     candidate: str
     """Label of the model in the report that is registered."""
-    min_gain: dict[Literal["rouge_l", "chrf"], float] = Field(default={"rouge_l": 2.0, "chrf": 2.0})
+    min_gain: dict[Metric, float] = Field({"rouge_l": 2.0, "chrf": 2.0}, min_length=1)
     """Points (0 to 100) by which each score must be above the baseline's."""
+
+    @model_validator(mode="after")
+    def _two_models(self) -> Self:
+        if self.baseline == self.candidate:
+            raise ValueError(f"baseline and candidate must be two models of the report; both are {self.baseline!r}")
+        return self
 
 
 class RegisterConfig(Config):

@@ -1,0 +1,146 @@
+"""An engine behind asyncio: steps run in a thread of their own, events arrive at the coroutines that asked.
+
+The thread alone touches the engine; coroutines send it commands, so that no event loop ever waits for a step. If a
+step fails, the engine's state is unknown: every open stream gets the error, and so does every later one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+
+from actors.engine.engine import Engine
+from actors.engine.request import Request, TokenEvent
+from configs.errors import EngineError, GanymedeError
+
+
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """The coroutine's end of one request."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    items: asyncio.Queue[TokenEvent | GanymedeError] = field(default_factory=asyncio.Queue)
+
+
+_Item = tuple[_Stream, TokenEvent | GanymedeError]
+
+
+class AsyncEngine:
+    """Runs an `Engine` in a thread for any number of coroutines and event loops. `close` ends the thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.error: GanymedeError | None = None
+        """Why the engine can serve no more; None while it can."""
+        self._engine = engine
+        self._streams: dict[str, _Stream] = {}
+        """Open streams by request id; the thread's own."""
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ending = threading.Lock()
+        """Held to send a command and to set `error`: no command is sent to a thread that takes no more."""
+        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests are served."""
+        return self.error is None
+
+    async def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
+        """Events of a request until it ends; closing the iterator early cancels the request.
+
+        Raises what `Engine.submit` raises, and `EngineError` if the engine fails or is closed meanwhile. An event
+        with `finish_reason` `error` is given out, not raised.
+        """
+        stream = _Stream(request, asyncio.get_running_loop())
+        with self._ending:
+            if self.error is not None:
+                raise self.error
+            self._commands.put(lambda: self._open(stream))
+        ended = False
+        try:
+            while not ended:
+                item = await stream.items.get()
+                ended = isinstance(item, GanymedeError) or item.finish_reason is not None
+                if isinstance(item, GanymedeError):
+                    raise item
+                yield item
+        finally:
+            if not ended:
+                # A thread that has ended leaves this unread, which is right: it has no requests any more.
+                self._commands.put(lambda: self._drop(stream))
+
+    def close(self) -> None:
+        """Ends the thread after the step it is in; open streams get an `EngineError`."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            while self._obey_commands():
+                events = self._engine.step()
+                self._send((self._streams[event.request_id], event) for event in events)
+            failure: GanymedeError = EngineError("the engine was closed")
+        except Exception as error:  # noqa: BLE001 - whatever it is, every stream is told
+            failure = EngineError(f"the engine failed: {type(error).__name__}: {error}", next_step="restart it")
+            failure.__cause__ = error
+        with self._ending:
+            self.error = failure
+        self._send((stream, failure) for stream in list(self._streams.values()))
+        # No stream is open any more: what was sent meanwhile can only be a request, which is refused.
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
+
+    def _obey_commands(self) -> bool:
+        """Runs the commands that are there, waiting for one while there is nothing else to do; False once closed."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _open(self, stream: _Stream) -> None:
+        if self.error is not None:
+            self._send([(stream, self.error)])
+            return
+        try:
+            self._engine.submit(stream.request)
+        except GanymedeError as error:
+            self._send([(stream, error)])
+        else:
+            self._streams[stream.request.id] = stream
+
+    def _drop(self, stream: _Stream) -> None:
+        if self._streams.get(stream.request.id) is stream:
+            del self._streams[stream.request.id]
+            self._engine.cancel(stream.request.id)
+
+    def _send(self, items: Iterable[_Item]) -> None:
+        """Hands items over, waking each event loop once."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = defaultdict(list)
+        for stream, item in items:
+            by_loop[stream.loop].append((stream, item))
+            is_last = isinstance(item, GanymedeError) or item.finish_reason is not None
+            if is_last and self._streams.get(stream.request.id) is stream:
+                del self._streams[stream.request.id]
+        for loop, group in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put, group)
+            except RuntimeError:
+                # The loop was closed with streams open: nobody waits for these any more.
+                for stream, _ in group:
+                    self._drop(stream)
+
+
+def _put(group: list[_Item]) -> None:
+    for stream, item in group:
+        stream.items.put_nowait(item)

@@ -1,0 +1,302 @@
+"""Text to token ids and back: tokenizer, chat template and special tokens of one folder, and the contract over them.
+
+Guarantees: what a message or a prompt says is never taken for a special token; `decode` of all ids equals the
+concatenation of what `stream_decoder` gave out; no part of a UTF-8 sequence is ever given out. Needs neither torch
+nor Ray. A folder without `tokenizer.json` (slow tokenizers) is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import jinja2
+from tokenizers import Tokenizer
+
+from actors.detokenizer import ByteStream, WindowStream, token_bytes
+from configs.artifacts import TextContract, hash_json
+from configs.errors import ContractError, RequestError
+
+CONTRACT = "contract.json"
+_TOKENIZER = "tokenizer.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEMPLATE = "chat_template.jinja"
+
+_GOLDEN = (
+    "def area(radius: float) -> float:\n    return 3.14159 * radius ** 2\n",
+    "  leading spaces,\ttabs\r\nand trailing  ",
+    "naïve café Ω 漢字 🦉👩\u200d🚀",
+    "<|endoftext|> <s> [CLS] are text here 0123456789",
+)
+_GOLDEN_CHATS = (
+    (("user", "What does os.path.join do?"),),
+    (("user", "Sum 1 and 2."), ("assistant", "3"), ("user", " And <|end|> 4? ")),
+)
+
+
+class StreamDecoder(Protocol):
+    """Turns one sequence's tokens into text as they come."""
+
+    def push(self, token_id: int) -> str:
+        """The text that is certain once this token is known; empty while a character is incomplete."""
+        ...
+
+    def flush(self) -> str:
+        """What is still held at the end; an incomplete character becomes U+FFFD."""
+        ...
+
+
+class Text:
+    """Tokenizer, chat template and special tokens of a tokenizer or model folder.
+
+    Made by `Text.load`. Instances are immutable and may be shared between threads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        template: str | None,
+        special: Mapping[str, str],
+        eos: frozenset[int],
+        contract: TextContract | None,
+    ) -> None:
+        self.contract = contract
+        """The contract that came with the folder and was verified; None where there was none."""
+        self.eos_token_ids = eos
+        """Tokens that end a text; may be empty."""
+        self._tokenizer = tokenizer
+        # Added tokens found in this one's input are encoded as the text they are.
+        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+        self._template = template
+        self._special = dict(special)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = {token.content: i for i, token in added.items() if token.special}
+        names = sorted(self._special_ids, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+        self._bytes = token_bytes(tokenizer)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Opens a folder. Raises `ContractError` if it holds no fast tokenizer or breaks its own contract."""
+        text = cls._open(folder)
+        if text.contract is not None:
+            verify_contract(folder, text.contract)
+        return text
+
+    @classmethod
+    def _open(cls, folder: Path) -> Self:
+        path = folder / _TOKENIZER
+        if not path.is_file():
+            raise ContractError(
+                f"no {_TOKENIZER} in {folder}",
+                allowed="a tokenizer or model folder with a fast tokenizer",
+                next_step="save it with AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more specific
+            raise ContractError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        config = _read_json(folder / _TOKENIZER_CONFIG)
+        contract = folder / CONTRACT
+        return cls(
+            tokenizer,
+            template=_read_template(folder, config),
+            special=_special_tokens(config),
+            eos=_eos_ids(folder, tokenizer, config),
+            contract=TextContract.model_validate_json(contract.read_bytes()) if contract.is_file() else None,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids run below this; added tokens are counted."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Token that begins a text, if the tokenizer names one."""
+        return self._special_id("bos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Token that fills rows up, if the tokenizer names one."""
+        return self._special_id("pad_token")
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` can be used."""
+        return self._template is not None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as it stands: nothing added, special tokens' names in it are ordinary characters."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder for one new sequence."""
+        if self._bytes is not None:
+            return ByteStream(self._bytes, frozenset(self._special_ids.values()))
+        return WindowStream(self.decode)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation under the chat template.
+
+        Special tokens come from the template alone: a special token's name in a message's content is encoded as
+        ordinary characters. Raises `RequestError` if there is no template or it refuses the messages.
+        """
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template",
+                param="messages",
+                allowed="text completion",
+                next_step="use /v1/completions, or a model whose tokenizer has a chat template",
+            )
+        contents = "\n".join(message["content"] for message in messages)
+        named = sorted(set(self._special_pattern.findall(contents)))
+        if not named:
+            rendered = self._render(messages, add_generation_prompt)
+            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        # Characters found nowhere in the conversation stand for the names while the template runs.
+        unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
+        marks = dict(zip(named, unused, strict=False))
+        marked = [
+            {**m, "content": self._special_pattern.sub(lambda name: marks[name[0]], m["content"])} for m in messages
+        ]
+        return list(self._encode_marked(self._render(marked, add_generation_prompt), marks))
+
+    def _encode_marked(self, rendered: str, marks: Mapping[str, str]) -> Iterator[int]:
+        names = str.maketrans({mark: name for name, mark in marks.items()})
+        end = 0
+        for special in self._special_pattern.finditer(rendered):
+            yield from self.encode(rendered[end : special.start()].translate(names))
+            yield self._special_ids[special[0]]
+            end = special.end()
+        yield from self.encode(rendered[end:].translate(names))
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+        # Here and not above: it takes a second to import, and most users of this module only encode.
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered, _ = render_jinja_template(
+                conversations=[[dict(m) for m in messages]],
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except jinja2.TemplateError as error:
+            raise RequestError(
+                f"the model's chat template refuses these messages: {error}",
+                param="messages",
+                received=[m.get("role") for m in messages],
+            ) from error
+        return rendered[0]
+
+    def _special_id(self, name: str) -> int | None:
+        token = self._special.get(name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def _fingerprint(self) -> str:
+        tokenizer = json.loads(self._tokenizer.to_str())
+        return hash_json([tokenizer, self._template, self._special])
+
+
+def make_contract(folder: Path) -> TextContract:
+    """The contract of a tokenizer folder, computed from its files.
+
+    Raises `ContractError` if the folder holds no fast tokenizer.
+    """
+    text = Text._open(folder)
+    chats = _GOLDEN_CHATS if text.has_chat_template else ()
+    return TextContract(
+        hash=text._fingerprint(),
+        golden=tuple((prompt, tuple(text.encode(prompt))) for prompt in _GOLDEN),
+        golden_chat=tuple((chat, tuple(text.render_chat(_messages(chat)))) for chat in chats),
+    )
+
+
+def verify_contract(folder: Path, contract: TextContract) -> None:
+    """Raises `ContractError` unless the tokenizer in `folder` is the one `contract` was made from.
+
+    The golden prompts are compared before the hash, so that the error shows a text that comes out differently.
+    """
+    text = Text._open(folder)
+    for prompt, expected in contract.golden:
+        _compare(folder, repr(prompt), text.encode(prompt), expected)
+    for chat, expected in contract.golden_chat:
+        if not text.has_chat_template:
+            raise _mismatch(folder, "no chat template", "the template the model was trained with")
+        _compare(folder, f"the chat {chat!r}", text.render_chat(_messages(chat)), expected)
+    found = text._fingerprint()
+    if found != contract.hash:
+        raise _mismatch(folder, f"hash {found[:12]}", f"hash {contract.hash[:12]}")
+
+
+def _compare(folder: Path, what: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise _mismatch(folder, f"{what} encoded to {list(found)}", f"{list(expected)}")
+
+
+def _mismatch(folder: Path, received: str, allowed: str) -> ContractError:
+    return ContractError(
+        f"the tokenizer in {folder} is not the one its text contract was made from",
+        received=received,
+        allowed=allowed,
+        next_step="use the tokenizer files that were published with the model",
+    )
+
+
+def _messages(chat: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ContractError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ContractError(f"{path} is not a JSON object", received=type(value).__name__)
+    return value
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    path = folder / _TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token` and the like; older files hold them as objects with a `content`."""
+    tokens: dict[str, str] = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _eos_ids(folder: Path, tokenizer: Tokenizer, config: Mapping[str, Any]) -> frozenset[int]:
+    """The tokenizer's end token, and those the model folder names: its generation config's before its config's."""
+    token = _special_tokens(config).get("eos_token")
+    ids = {None if token is None else tokenizer.token_to_id(token)}
+    for name in ("generation_config.json", "config.json"):
+        named = _read_json(folder / name).get("eos_token_id")
+        if named is not None:
+            ids.update(named if isinstance(named, list) else [named])
+            break
+    return frozenset(i for i in ids if i is not None)

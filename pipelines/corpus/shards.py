@@ -1,0 +1,233 @@
+"""Token shards: Arrow IPC files of documents, an index with checksums, and a reader that verifies what it reads.
+
+A shard is one record batch with the columns of `document_schema`; the tokens of its documents lie one after the other
+in one flat little-endian array, each document ended by the end-of-text token, so that a memory map of the file is the
+token stream. The index holds an xxh3 of every block of `BLOCK_BYTES` of each file; a block is checked when it is first
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import ArtifactError, CorruptArtifactError
+
+INDEX = "index.json"
+BLOCK_BYTES = 1 << 18
+SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ShardRecord(_Record):
+    """One shard file; `path` is relative to the index."""
+
+    path: str
+    documents: int
+    tokens: int
+    size_bytes: int
+    blocks: tuple[str, ...]
+    """xxh3-64 of each block of the file, hex."""
+
+
+class SplitRecord(_Record):
+    """The shards of a split, in the order of their documents."""
+
+    documents: int
+    tokens: int
+    """End-of-text tokens included."""
+    text_bytes: int
+    shards: tuple[ShardRecord, ...]
+
+
+class CorpusIndex(_Record):
+    """What a reader of the shards has to know."""
+
+    format: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    end_of_text_id: int
+    contract: str
+    """Hash of the text contract the tokens were made with."""
+    block_bytes: int
+    splits: dict[str, SplitRecord]
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Reads the index of a corpus.
+
+        Raises:
+            ArtifactError: `folder` holds none.
+            CorruptArtifactError: it does not parse.
+        """
+        path = folder / INDEX
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"{folder} is not a corpus: it has no {INDEX}", next_step="give an artifact of the corpus stage"
+            ) from None
+        except ValueError as error:
+            raise CorruptArtifactError(
+                f"{path} is not a corpus index: {error}", next_step="ganymede artifacts verify, then make it again"
+            ) from error
+
+
+def document_schema(dtype: str) -> pa.Schema:
+    """Columns of a shard: the document's name in the source, its size and blake3 there, and its tokens."""
+    return pa.schema(
+        [
+            pa.field("name", pa.string(), nullable=False),
+            pa.field("size_bytes", pa.uint64(), nullable=False),
+            pa.field("blake3", pa.string(), nullable=False),
+            pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))),
+        ]
+    )
+
+
+def token_column(documents: list[Tokens], dtype: str) -> pa.Array:
+    """The `tokens` column: one list a document."""
+    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
+    np.cumsum([len(d) for d in documents], out=offsets[1:])
+    flat = np.concatenate(documents) if documents else np.empty(0)
+    return pa.LargeListArray.from_arrays(
+        pa.array(offsets), pa.array(flat.astype(dtype, copy=False)), type=document_schema(dtype).field("tokens").type
+    )
+
+
+def write_split(folder: Path, split: str, batches: Iterable[pa.RecordBatch], shard_tokens: int) -> SplitRecord:
+    """Writes documents, in the order given, as `shards/<split>-NNNNN.arrow` below `folder`.
+
+    A shard ends with the document that fills it, so the files depend on the documents and `shard_tokens` alone.
+    """
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    shards: list[ShardRecord] = []
+    text_bytes = 0
+    for number, batch in enumerate(_group(batches, shard_tokens)):
+        path = folder / "shards" / f"{split}-{number:05d}.arrow"
+        write_batch(path, batch)
+        text_bytes += int(np.sum(batch.column("size_bytes").to_numpy(), dtype=np.int64))
+        shards.append(_describe(path, folder, batch))
+    return SplitRecord(
+        documents=sum(s.documents for s in shards),
+        tokens=sum(s.tokens for s in shards),
+        text_bytes=text_bytes,
+        shards=tuple(shards),
+    )
+
+
+def write_batch(path: Path, batch: pa.RecordBatch) -> None:
+    """Writes one record batch as an Arrow IPC file."""
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+def read_batch(path: Path) -> pa.RecordBatch:
+    """The one record batch of an Arrow IPC file, memory-mapped."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+
+
+def _group(batches: Iterable[pa.RecordBatch], shard_tokens: int) -> Iterator[pa.RecordBatch]:
+    pending: list[pa.RecordBatch] = []
+    room = shard_tokens
+    for batch in batches:
+        begin = 0
+        for row, length in enumerate(np.diff(batch.column("tokens").offsets.to_numpy())):
+            room -= int(length)
+            if room <= 0:
+                yield pa.concat_batches([*pending, batch.slice(begin, row + 1 - begin)])
+                pending, begin, room = [], row + 1, shard_tokens
+        if begin < batch.num_rows:
+            pending.append(batch.slice(begin))
+    if pending:
+        yield pa.concat_batches(pending)
+
+
+def _describe(path: Path, folder: Path, batch: pa.RecordBatch) -> ShardRecord:
+    content = memoryview(pa.memory_map(str(path)).read_buffer())
+    offsets = batch.column("tokens").offsets
+    return ShardRecord(
+        path=path.relative_to(folder).as_posix(),
+        documents=batch.num_rows,
+        tokens=offsets[-1].as_py() - offsets[0].as_py(),
+        size_bytes=len(content),
+        blocks=tuple(
+            xxhash.xxh3_64_hexdigest(content[begin : begin + BLOCK_BYTES])
+            for begin in range(0, len(content), BLOCK_BYTES)
+        ),
+    )
+
+
+class ShardReader:
+    """A memory-mapped shard. Every block is compared with the index before its first byte is used."""
+
+    def __init__(self, path: Path, record: ShardRecord, content: pa.Buffer, block_bytes: int) -> None:
+        self._path = path
+        self._record = record
+        self._content = memoryview(content)
+        self._block_bytes = block_bytes
+        self._verified = np.zeros(len(record.blocks), dtype=bool)
+        self._tokens: Tokens = np.empty(0, dtype=np.uint16)
+        self._start = 0
+
+    @classmethod
+    def open(cls, folder: Path, record: ShardRecord, block_bytes: int) -> Self:
+        """Maps a shard and checks the blocks that describe its layout.
+
+        Raises:
+            CorruptArtifactError: the file is missing, has another size, or does not hold what the index says.
+        """
+        path = folder / record.path
+        size = path.stat().st_size if path.is_file() else None
+        if size != record.size_bytes:
+            raise _corrupt(path, 0, f"{size} bytes", f"{record.size_bytes} bytes")
+        content = pa.memory_map(str(path)).read_buffer()
+        reader = cls(path, record, content, block_bytes)
+        reader._verify(0, 1)
+        reader._verify(record.size_bytes - 1, record.size_bytes)
+        column = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0).column("tokens")
+        values = column.flatten()
+        if len(values) != record.tokens:
+            raise _corrupt(path, 0, f"{len(values)} tokens", f"{record.tokens} tokens")
+        reader._tokens = values.to_numpy()
+        reader._start = values.buffers()[1].address - content.address + values.offset * reader._tokens.itemsize
+        return reader
+
+    def read(self, begin: int, end: int) -> Tokens:
+        """Tokens `begin` to `end` (exclusive) of the shard, without a copy.
+
+        Raises:
+            CorruptArtifactError: a block they lie in is not what was written.
+        """
+        width = self._tokens.itemsize
+        self._verify(self._start + begin * width, self._start + end * width)
+        return self._tokens[begin:end]
+
+    def _verify(self, first_byte: int, end_byte: int) -> None:
+        for number in range(first_byte // self._block_bytes, -(-end_byte // self._block_bytes)):
+            if self._verified[number]:
+                continue
+            begin = number * self._block_bytes
+            digest = xxhash.xxh3_64_hexdigest(self._content[begin : begin + self._block_bytes])
+            if digest != self._record.blocks[number]:
+                raise _corrupt(self._path, begin, f"xxh3 {digest}", f"xxh3 {self._record.blocks[number]}")
+            self._verified[number] = True
+
+
+def _corrupt(path: Path, offset: int, received: str, allowed: str) -> CorruptArtifactError:
+    return CorruptArtifactError(
+        f"shard {path} is damaged at byte {offset}", received=received, allowed=allowed,
+        next_step="ganymede artifacts verify; remove the corpus and run the recipe again to make it anew",
+    )  # fmt: skip

@@ -1,0 +1,59 @@
+"""Ray tasks, a bounded number at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from itertools import islice
+from typing import Any, TypeVar
+
+import ray
+
+from configs.errors import GanymedeError, StageError
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+MAX_RETRIES = 5
+"""Times that a task is run again because its worker died."""
+
+
+def run_bounded(
+    function: Callable[[A], R], arguments: Iterable[A], *, in_flight: int | None = None
+) -> Generator[R, None, None]:
+    """Runs `function` on each argument as Ray tasks of one CPU; yields the results as they come.
+
+    Ray must be initialised. At most `in_flight` tasks (two a CPU unless set) are submitted and unfinished at any time,
+    so neither arguments nor results pile up. When the caller closes the generator, tasks that have not begun never do.
+
+    Raises:
+        GanymedeError: what `function` raised.
+        StageError: a task failed otherwise, or its worker died more than `MAX_RETRIES` times.
+    """
+    remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
+    limit = in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    waiting = iter(arguments)
+    running: list[Any] = [remote.remote(argument) for argument in islice(waiting, limit)]
+    try:
+        while running:
+            done, running = ray.wait(running, num_returns=1)
+            running.extend(remote.remote(argument) for argument in islice(waiting, 1))
+            yield _result(done[0])
+    finally:
+        with suppress(ray.exceptions.RayError):  # a lost cluster has cancelled them, and its own error is on the way
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, GanymedeError):
+            raise error.cause from None
+        raise StageError(f"a Ray task failed: {error.cause}", next_step="run with --debug for the traceback") from error
+    except ray.exceptions.RayError as error:
+        raise StageError(
+            f"a Ray task was lost {MAX_RETRIES + 1} times: {error}",
+            next_step="run the same command again: finished spans are kept; if memory is short, lower max_in_flight",
+        ) from error

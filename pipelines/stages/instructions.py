@@ -1,0 +1,138 @@
+"""Stage `instructions`: pairs for supervised fine-tuning, derived from Python source in Ray tasks."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from actors.store.artifacts import Artifact
+from configs.errors import DataError
+from configs.schema.corpus import InstructionsConfig
+from pipelines.corpus.clean import Rejected, decode
+from pipelines.corpus.instructions import Pair, Task, deduplicate, parse_pairs
+from pipelines.corpus.sources import Listing, check_rejected, is_validation, list_source
+from pipelines.corpus.spans import plan_spans
+from pipelines.corpus.tasks import run_bounded
+from pipelines.stage import Progress, StageContext
+
+_SPAN_BYTES = 1 << 20
+"""Source that one task parses; results are sorted, so it decides nothing but the number of tasks."""
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    """What one task found."""
+
+    size_bytes: int
+    train: list[Pair]
+    heldout: list[Pair]
+    rejected: list[Rejected]
+    unparsable: list[Rejected]
+
+
+class InstructionsStage:
+    """Held-out pairs come from files of the validation split alone; no held-out prompt is also a training prompt."""
+
+    kind: ClassVar[str] = "instructions"
+    artifact_kind: ClassVar[str | None] = "dataset"
+    code_version: ClassVar[int] = 1
+
+    def sources(self, config: InstructionsConfig) -> Mapping[str, str]:
+        """Digest of the source."""
+        return {"source": list_source(config.source).digest}
+
+    def run(self, config: InstructionsConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
+        """Writes train.jsonl, heldout.jsonl and a report. Ray must be initialised.
+
+        Raises:
+            DataError: a task has no pair in one of the files, or too many source files are unusable.
+        """
+        started = time.monotonic()
+        listing = list_source(config.source)
+        found = _parse_all(config, listing, context)
+        rejected = sorted([*listing.unreadable, *(r for p in found for r in p.rejected)], key=lambda r: r.name)
+        total = len(listing.files) + len(listing.unreadable)
+        check_rejected(len(rejected), total, config.source, next(iter(rejected), None))
+
+        seen: set[Any] = set()
+        pairs = {
+            "train": deduplicate((pair for p in found for pair in p.train), seen),
+            "heldout": deduplicate((pair for p in found for pair in p.heldout), seen),
+        }
+        counts = {name: Counter(pair.task for pair in group) for name, group in pairs.items()}
+        for name, group in pairs.items():
+            _refuse_empty(name, counts[name], config)
+            _write(context.out / f"{name}.jsonl", group)
+        report = {
+            "source_digest": listing.digest,
+            "files": total,
+            "not_text": [{"path": r.name, "offset": r.offset, "reason": r.reason} for r in rejected],
+            "not_python": sorted(r.name for p in found for r in p.unparsable),
+            "pairs": {name: dict(sorted(c.items())) for name, c in counts.items()},
+            "duplicates": sum(len(p.train) + len(p.heldout) for p in found) - sum(map(len, pairs.values())),
+            "mean_prompt_chars": _mean([len(p.prompt) for p in pairs["train"]]),
+            "mean_completion_chars": _mean([len(p.completion) for p in pairs["train"]]),
+        }
+        (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+        context.run.log_dataset(
+            name=context.name, digest=listing.digest, uri=config.source.path, context="training",
+            profile={name: len(group) for name, group in pairs.items()},
+        )  # fmt: skip
+        figures = {key: report[key] for key in ("files", "pairs", "duplicates", "mean_prompt_chars")}
+        return {**figures, "seconds": time.monotonic() - started}
+
+
+def _parse_all(config: InstructionsConfig, listing: Listing, context: StageContext) -> list[_Parsed]:
+    spans = [Listing(listing.root, files, ()) for files in plan_spans(listing.files, _SPAN_BYTES)]
+    found: list[_Parsed] = []
+    done = 0
+    context.progress(Progress(0, listing.size_bytes / 1e6, "MB"))
+    with closing(run_bounded(_parse_span, [(span, config) for span in spans])) as results:
+        for parsed in results:
+            context.check_lease()
+            found.append(parsed)
+            done += parsed.size_bytes
+            pairs = sum(len(p.train) + len(p.heldout) for p in found)
+            context.progress(Progress(done / 1e6, listing.size_bytes / 1e6, "MB", {"pairs": pairs}))
+    return found
+
+
+def _parse_span(argument: tuple[Listing, InstructionsConfig]) -> _Parsed:
+    span, config = argument
+    result = _Parsed(span.size_bytes, [], [], [], [])
+    for file in span.files:
+        text = decode(file.name, span.read(file))
+        if isinstance(text, Rejected):
+            result.rejected.append(text)
+            continue
+        pairs = parse_pairs(file.name, text, config)
+        if isinstance(pairs, str):
+            result.unparsable.append(Rejected(file.name, 0, pairs))
+        else:
+            (result.heldout if is_validation(file, config.split) else result.train).extend(pairs)
+    return result
+
+
+def _refuse_empty(name: str, counts: Mapping[Task, int], config: InstructionsConfig) -> None:
+    missing = [task for task in config.tasks if not counts.get(task)]
+    if missing:
+        raise DataError(
+            f"{name}.jsonl would hold no pair for {', '.join(missing)}",
+            received=config.source.path,
+            allowed="Python source with documented functions in both splits",
+            next_step="take more source, or raise max_prompt_chars, max_completion_chars or split.validation_fraction",
+        )
+
+
+def _mean(values: list[int]) -> float:
+    return round(sum(values) / len(values), 1)
+
+
+def _write(path: Path, pairs: list[Pair]) -> None:
+    path.write_text("".join(pair.model_dump_json() + "\n" for pair in pairs), encoding="utf-8")

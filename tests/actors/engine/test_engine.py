@@ -1,0 +1,317 @@
+"""Parity with transformers, independence of the batch, ends of requests, and errors."""
+
+import json
+import random
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from actors.engine.engine import Engine
+from actors.engine.request import Completion, Request, TokenEvent
+from configs.errors import (
+    ArtifactError,
+    ContractError,
+    CorruptArtifactError,
+    EngineError,
+    OverloadedError,
+    RequestError,
+)
+from configs.schema.generation import Sampling
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(5, 512) for _ in range(length))
+
+
+def requests(sampling: Sampling, lengths: tuple[int, ...] = (1, 2, 9, 30, 70, 5)) -> list[Request]:
+    return [Request(str(n), prompt(length, n), sampling) for n, length in enumerate(lengths)]
+
+
+def mixed(count: int, seed: int) -> list[Request]:
+    """Requests of every kind, for tests of independence."""
+    draw = random.Random(seed)
+    return [
+        Request(
+            str(n),
+            prompt(draw.randrange(1, 60), draw.randrange(10**6)),
+            Sampling(
+                max_new_tokens=draw.randrange(0, 25),
+                temperature=draw.choice([0.0, 0.7, 1.3]),
+                top_k=draw.choice([0, 0, 5]),
+                top_p=draw.choice([1.0, 0.9]),
+                seed=draw.randrange(100),
+                stop=draw.choice([(), ("e",), ("in", "\n  ")]),
+                stop_token_ids=draw.choice([(), (300, 301, 302)]),
+            ),
+        )
+        for n in range(count)
+    ]
+
+
+def drain(engine: Engine) -> dict[str, list[TokenEvent]]:
+    events: dict[str, list[TokenEvent]] = defaultdict(list)
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+    return events
+
+
+@pytest.fixture(scope="module")
+def engine(make_model) -> Engine:
+    return Engine.load(make_model(), max_sequences=4, precision="fp32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kv_heads": 4, "tied": True},
+        {"kv_heads": 2, "tied": False},
+        {"kv_heads": 1, "attention_bias": True, "mlp_bias": True},
+        {"head_dim": 24},
+        {"rope_parameters": (("rope_type", "linear"), ("factor", 2.0), ("rope_theta", 500.0))},
+        {
+            "rope_parameters": (
+                ("rope_type", "llama3"), ("factor", 8.0), ("rope_theta", 1000.0), ("low_freq_factor", 1.0),
+                ("high_freq_factor", 4.0), ("original_max_position_embeddings", 32),
+            )
+        },
+    ],
+    ids=["mha-tied", "gqa-untied", "biases", "wide-heads", "rope-linear", "rope-llama3"],
+)  # fmt: skip
+def test_greedy_tokens_equal_those_of_transformers(make_model, config: dict) -> None:
+    if "rope_parameters" in config:
+        config = {"rope_parameters": FrozenRope(config["rope_parameters"])}
+    folder = make_model(**config)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = Engine.load(folder, max_sequences=4, precision="fp32", device="cpu")
+    asked = requests(Sampling(max_new_tokens=20, temperature=0))
+    for request, completion in zip(asked, engine.generate(asked), strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+        assert list(completion.token_ids) == expected[0, ids.shape[1] :].tolist()
+
+
+class FrozenRope(dict):
+    """A hashable dict, as made models are cached by their config."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+
+@pytest.mark.parametrize("config", [{"kv_heads": 4, "tied": True}, {"kv_heads": 1, "tied": False}])
+def test_scores_equal_the_naive_forward_pass(make_model, config: dict) -> None:
+    folder = make_model(**config)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    engine = Engine.load(folder, precision="fp32", device="cpu")
+    rows = torch.tensor([prompt(81, seed) for seed in range(60)])
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    torch.testing.assert_close(engine.score(rows), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(engine.score(rows[:1, :2]), expected[:1, :1], atol=1e-4, rtol=0)
+
+
+def test_bf16_scores_are_near_those_in_fp32(make_model) -> None:
+    rows = torch.tensor([prompt(41, seed) for seed in range(4)])
+    exact, rounded = (
+        Engine.load(make_model(initializer_range=0.02), precision=p).score(rows) for p in ("fp32", "bf16")
+    )
+    assert 0 < float((exact - rounded).abs().max()) < 0.02
+
+
+def test_rows_that_do_not_fit_the_model_are_not_scored(engine: Engine) -> None:
+    with pytest.raises(RequestError, match="0 to 511"):
+        engine.score(torch.full((1, 9), 512))
+    with pytest.raises(RequestError, match="2 to 97 tokens"):
+        engine.score(torch.zeros(1, 98, dtype=torch.long))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_request_ends_once_with_what_it_gives_alone(make_model, seed: int) -> None:
+    """Random arrivals during the run, on few slots, with prompts cut into small chunks."""
+    engine = Engine.load(make_model(), max_sequences=3, prefill_tokens=16, precision="fp32", device="cpu")
+    asked = mixed(16, seed)
+    alone = {request.id: engine.generate([request])[0] for request in asked}
+    draw = random.Random(seed)
+    events: dict[str, list[TokenEvent]] = defaultdict(list)
+    waiting = asked[::-1]
+    while waiting or engine.has_work:
+        while waiting and draw.random() < 0.4:
+            engine.submit(waiting.pop())
+        for event in engine.step():
+            events[event.request_id].append(event)
+    for request in asked:
+        mine = events[request.id]
+        assert [event.finish_reason is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+        assert Completion.of(mine) == alone[request.id]
+        assert mine[-1].completion_tokens == len(alone[request.id].token_ids)
+
+
+def test_cancelled_requests_fall_silent_and_change_nothing_for_the_others(engine: Engine) -> None:
+    asked = mixed(12, seed=77)
+    alone = {request.id: engine.generate([request])[0] for request in asked}
+    for request in asked:
+        engine.submit(request)
+    engine.submit(Request("empty", prompt(3, 1), Sampling(max_new_tokens=0)))
+    engine.cancel("empty")
+    cancelled = {"0", "3", "7", "11"}
+    events = defaultdict(list)
+    for name in ("never submitted", "11", "3"):
+        engine.cancel(name)
+    for step in range(1000):
+        for event in engine.step():
+            events[event.request_id].append(event)
+        if step == 2:
+            seen = {name: len(events[name]) for name in cancelled}
+            for name in cancelled:
+                engine.cancel(name)
+    assert not engine.has_work
+    assert "empty" not in events
+    for name in cancelled:
+        assert len(events[name]) == seen[name]
+    for request in asked:
+        if request.id not in cancelled:
+            assert Completion.of(events[request.id]) == alone[request.id]
+
+
+def test_shown_text_never_holds_part_of_a_stop_string_or_of_a_character(engine: Engine) -> None:
+    free = engine.generate(requests(Sampling(max_new_tokens=40, temperature=0.9, seed=5)))
+    for completion in free:
+        assert completion.text == engine.text.decode(completion.token_ids)
+        if len(completion.text) < 12:
+            continue
+        stop = completion.text[6:9]
+        expected = completion.text[: completion.text.index(stop)]
+        request = Request("r", prompt_of(free, completion), Sampling(
+            max_new_tokens=40, temperature=0.9, seed=5, stop=(stop, "never to be seen")))  # fmt: skip
+        engine.submit(request)
+        shown = ""
+        for event in drain(engine)["r"]:
+            shown += event.text
+            assert expected.startswith(shown)
+        assert shown == expected
+        assert event.finish_reason == "stop"
+
+
+def prompt_of(completions: list[Completion], one: Completion) -> tuple[int, ...]:
+    return requests(Sampling())[completions.index(one)].prompt_ids
+
+
+def test_a_stop_token_ends_the_request_and_is_not_shown(engine: Engine) -> None:
+    free = engine.generate([Request("a", prompt(9, 3), Sampling(max_new_tokens=12, temperature=0))])[0]
+    assert free.finish_reason == "length"
+    stop = free.token_ids[5]
+    cut = free.token_ids.index(stop)
+    sampling = Sampling(max_new_tokens=12, temperature=0, stop_token_ids=(stop,))
+    got = engine.generate([Request("a", prompt(9, 3), sampling)])[0]
+    assert got.token_ids == free.token_ids[: cut + 1]
+    assert got.text == engine.text.decode(free.token_ids[:cut])
+    assert got.finish_reason == "stop"
+
+
+def test_generation_ends_at_the_end_of_the_context_window(engine: Engine) -> None:
+    got = engine.generate([Request("a", prompt(90, 1), Sampling(max_new_tokens=50, temperature=0))])[0]
+    assert len(got.token_ids) == 6
+    assert got.finish_reason == "length"
+
+
+def test_no_new_tokens_asked_gives_none(engine: Engine) -> None:
+    got = engine.generate([Request("a", prompt(9, 1), Sampling(max_new_tokens=0))])[0]
+    assert (got.token_ids, got.text, got.finish_reason, got.prompt_tokens) == ((), "", "length", 9)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [((), "empty"), (prompt(96, 1), "allowed: at most 95 tokens"), ((5, 512), "received 512"), ((-1,), "0 to 511")],
+)
+def test_a_prompt_that_cannot_be_run_is_refused(engine: Engine, ids: tuple[int, ...], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        engine.submit(Request("a", ids, Sampling()))
+    assert caught.value.param == "prompt"
+    assert not engine.has_work
+
+
+def test_a_full_queue_refuses_and_keeps_what_it_holds(make_model) -> None:
+    engine = Engine.load(make_model(), max_sequences=1, max_queued=2)
+    asked = requests(Sampling(max_new_tokens=3))
+    for request in asked[:3]:
+        engine.submit(request)
+    with pytest.raises(OverloadedError):
+        engine.submit(asked[3])
+    with pytest.raises(RequestError, match="in flight"):
+        engine.submit(asked[0])
+    with pytest.raises(EngineError, match="in flight"):
+        engine.generate(asked)
+    assert set(drain(engine)) == {"0", "1", "2"}
+    engine.submit(asked[3])
+
+
+def test_unusable_logits_end_their_own_request_only(make_model, tmp_path: Path) -> None:
+    folder = make_model(tied=False)
+    healthy = Engine.load(folder, max_sequences=3, precision="fp32", device="cpu")
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in folder.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.embed_tokens.weight"][500] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    engine = Engine.load(broken, max_sequences=3, precision="fp32", device="cpu")
+    sampling = Sampling(max_new_tokens=10, temperature=0)
+    good = [Request(f"good {n}", tuple(i for i in prompt(20, n) if i != 500), sampling) for n in range(6)]
+    bad = [Request(f"bad {n}", (*prompt(4 * n, n), 500, 7), sampling) for n in range(6)]
+    mixed_order = [request for pair in zip(bad, good, strict=True) for request in pair]
+    got = {completion.request_id: completion for completion in engine.generate(mixed_order)}
+    for request, expected in zip(good, healthy.generate(good), strict=True):
+        assert got[request.id] == expected
+    for request in bad:
+        assert got[request.id].finish_reason == "error"
+        assert isinstance(got[request.id].error, EngineError)
+
+
+def test_a_smaller_cache_shortens_the_context_window(make_model) -> None:
+    engine = Engine.load(make_model(), max_sequences=4, cache_tokens=200)
+    assert engine.context_length == 50
+    with pytest.raises(RequestError, match="at most 49"):
+        engine.submit(Request("a", prompt(50, 1), Sampling()))
+
+
+def test_a_cache_beyond_the_memory_is_refused_with_its_size(make_model) -> None:
+    with pytest.raises(EngineError, match=r"GB.*max_sequences"):
+        Engine.load(make_model(), max_sequences=10**12, precision="fp32", device="cpu")
+
+
+def test_folders_that_are_no_supported_model_are_refused(make_model, tokenizer_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"no config\.json"):
+        Engine.load(tokenizer_folder)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in make_model().iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ArtifactError, match=r"model_type .* received 'gpt2'; allowed: llama"):
+        Engine.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    with pytest.raises(ArtifactError, match="hidden_act"):
+        Engine.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(CorruptArtifactError, match=r"no model\.layers\.2"):
+        Engine.load(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    with pytest.raises(ContractError, match="more tokens than the model"):
+        Engine.load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CorruptArtifactError, match="cannot be read"):
+        Engine.load(folder)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"no \*\.safetensors"):
+        Engine.load(folder)

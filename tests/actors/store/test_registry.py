@@ -1,0 +1,65 @@
+"""The registry against a real SQLite store; `test_tracker_outage.py` holds it against a server."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.store.registry import Registry
+from configs.errors import ArtifactError, TrackingError
+
+
+@pytest.fixture(scope="module")
+def registry(tmp_path_factory):
+    return Registry.open(f"sqlite:///{tmp_path_factory.mktemp('registry')}/sub/mlflow.db")
+
+
+def _register(registry, name, digest, **tags):
+    return registry.register(name, ref="model/demo-finetune@1", digest=digest, run_id=None, tags=tags)
+
+
+def test_one_digest_has_one_version(registry):
+    first = _register(registry, "same", "d1", corpus="c1")
+    again = _register(registry, "same", "d1", corpus="c1")
+    other = _register(registry, "same", "d2")
+    assert (first.version, again.version, other.version) == (1, 1, 2)
+    assert [str(v) for v in registry.entries() if v.name == "same"] == ["same@1", "same@2"]
+
+
+def test_references_resolve_to_versions(registry):
+    _register(registry, "ref", "d1")
+    _register(registry, "ref", "d2")
+    registry.set_alias("ref", "champion", 1)
+    registry.set_alias("ref", "candidate", 2)
+    assert registry.resolve("ref@champion").digest == "d1"
+    assert registry.resolve("ref@2").aliases == ("candidate",)
+    newest = registry.resolve("ref")
+    assert (newest.version, newest.ref) == (2, "model/demo-finetune@1")
+
+
+def test_an_alias_moves(registry):
+    _register(registry, "move", "d1")
+    _register(registry, "move", "d2")
+    registry.set_alias("move", "champion", 1)
+    registry.set_alias("move", "champion", 2)
+    assert registry.resolve("move@champion").version == 2
+    assert registry.resolve("move@1").aliases == ()
+
+
+def test_an_unknown_reference_names_what_there_is(registry):
+    _register(registry, "known", "d1")
+    registry.set_alias("known", "candidate", 1)
+    with pytest.raises(ArtifactError, match=r"known@1, known@candidate"):
+        registry.resolve("known@champion")
+    with pytest.raises(ArtifactError, match=r"no registered model 'nobody'.*known"):
+        registry.resolve("nobody@champion")
+
+
+@pytest.mark.parametrize("reference", ["", "@champion", "name@", "na'me", "model/demo@1"])
+def test_what_is_no_reference_is_refused(registry, reference):
+    with pytest.raises(ArtifactError, match="NAME@ALIAS"):
+        registry.resolve(reference)
+
+
+def test_a_server_that_is_away_is_said():
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.*cannot be reached"):
+        Registry.open("http://127.0.0.1:9").resolve("x@champion")
