@@ -38,8 +38,8 @@ class TrainingConfig(Config):
     steps: Annotated[int, Field(ge=1)]
     batch_rows: Annotated[int, Field(ge=1)] = 16
     """Rows in a global batch, over all workers and micro-batches."""
-    micro_batch_rows: Annotated[int, Field(ge=1)] = placement(8)
-    """Rows one worker runs forward and backward at once."""
+    micro_batch_rows: Annotated[int, Field(ge=1)] = 8
+    """Rows one worker runs forward and backward at once; decides content, as sums are rounded in its order."""
     seed: int = 1
     optim: OptimConfig = OptimConfig()
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -54,7 +54,8 @@ class TrainingConfig(Config):
     """Time between two durable checkpoints of a run."""
     workers: Annotated[int, Field(ge=1)] = 2
     """Data-parallel Ray Train workers."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] = placement(1)
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    """Threads of a worker; decides content, as sums are rounded in their order."""
     use_gpu: bool = placement(False)
     max_failures: Annotated[int, Field(ge=0)] = placement(3)
     """Times that dead workers are replaced before the stage fails."""

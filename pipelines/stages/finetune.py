@@ -1,0 +1,95 @@
+"""Stage `finetune`: supervised fine-tuning on prompt/completion pairs, loss on the completion only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from actors.store.artifacts import Artifact
+from actors.text import Text
+from configs.errors import ContractError
+from configs.schema.training import FinetuneConfig, TrainingConfig
+from pipelines.stage import StageContext
+from pipelines.training.launch import train_on_workers
+from pipelines.training.models import context_length, load_model
+from pipelines.training.objectives import Objective, SupervisedPairs
+from pipelines.training.pairs import PairRows, render_pairs
+from pipelines.training.publication import Publication, write_model
+from pipelines.training.worker import Task
+
+_SPLITS = {"train": "training", "heldout": "validation"}
+
+
+class FinetuneStage:
+    """See `pipelines.stage.Stage`."""
+
+    kind: ClassVar[str] = "finetune"
+    artifact_kind: ClassVar[str | None] = "model"
+    code_version: ClassVar[int] = 1
+
+    def sources(self, config: FinetuneConfig) -> Mapping[str, str]:
+        """Everything comes from the store."""
+        return {}
+
+    def run(self, config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
+        """Renders the pairs with the base model's chat template, trains on them, and writes the new model.
+
+        Raises:
+            ContractError: the base model has no chat template, or no token that ends a text.
+        """
+        base, data = inputs["model"], inputs["data"]
+        text = Text.load(base.path)
+        if not text.has_chat_template or not text.eos_token_ids:
+            raise ContractError(
+                f"{base.ref} cannot be fine-tuned on conversations: it lacks a chat template or an end token",
+                allowed="a model whose tokenizer has both",
+            )
+        rows = context.work.absolute() / "rows"
+        left_out = _render(data, rows, text, context_length(base.path))
+        _log_lineage(data, rows, config, context)
+        assemble = functools.partial(assemble_finetuning, base.path.absolute(), rows, config.training)
+        train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
+        publication = Publication(
+            title="Language model fine-tuned on instructions",
+            text_from=base.path,
+            eos_token_ids=text.eos_token_ids,
+            pad_token_id=text.pad_token_id if text.pad_token_id is not None else min(text.eos_token_ids),
+            facts={"Base model digest": f"`{base.digest}`", "Data digest": f"`{data.digest}`"},
+        )
+        summary = write_model(publication, load_model(base.path), config.training, context)
+        return {**summary, "pairs_left_out": left_out}
+
+
+def assemble_finetuning(base: Path, rows: Path, training: TrainingConfig) -> tuple[nn.Module, Objective]:
+    """Model and objective of a fine-tuning run; runs on every worker."""
+    objective = SupervisedPairs(
+        PairRows.open(rows / "train.safetensors"),
+        PairRows.open(rows / "heldout.safetensors"),
+        batch_rows=training.batch_rows,
+        seed=training.seed,
+        validation_rows=training.eval_rows,
+    )
+    return load_model(base), objective
+
+
+def _render(data: Artifact, rows: Path, text: Text, row_tokens: int) -> int:
+    """Renders both splits; how many pairs were too long."""
+    rows.mkdir(exist_ok=True)
+    return sum(
+        render_pairs(data.path / f"{split}.jsonl", rows / f"{split}.safetensors", text, row_tokens=row_tokens)
+        for split in _SPLITS
+    )
+
+
+def _log_lineage(data: Artifact, rows: Path, config: FinetuneConfig, context: StageContext) -> None:
+    context.run.log_params(config.model_dump(mode="json"))
+    for split, used_for in _SPLITS.items():
+        pairs = PairRows.open(rows / f"{split}.safetensors")
+        profile = {"pairs": len(pairs), "target_tokens": pairs.targets, "longest_row_tokens": pairs.longest}
+        context.run.log_dataset(
+            name=f"{data.ref}:{split}", digest=data.digest, uri=str(data.ref), context=used_for, profile=profile
+        )

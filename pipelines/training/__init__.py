@@ -1,0 +1,1 @@
+"""Training: one loop for every objective, and the Ray Train shell that runs it on many workers."""

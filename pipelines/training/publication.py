@@ -1,0 +1,100 @@
+"""A finished run as the files of a model artifact, equal for equal weights: no times, no host names, no paths."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs.schema.training import TrainingConfig
+from pipelines.stage import StageContext
+from pipelines.training.checkpoint import Checkpoints, without_prefix
+from pipelines.training.curve import draw_curve
+from pipelines.training.metrics import FILE, read_metrics
+from pipelines.training.models import parameter_count, save_model
+from pipelines.training.worker import CHECKPOINTS, HARDWARE
+
+_TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "contract.json"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What a model artifact says about itself."""
+
+    title: str
+    text_from: Path
+    """Folder that the tokenizer's files and the contract are copied from."""
+    eos_token_ids: Iterable[int]
+    pad_token_id: int
+    facts: Mapping[str, str]
+    """Lines of the card beside those every model has."""
+
+
+def write_model(
+    publication: Publication, model: nn.Module, config: TrainingConfig, context: StageContext
+) -> dict[str, Any]:
+    """Writes the model artifact of a finished run to `context.out`, its curve into the tracker; returns the summary.
+
+    `model` gives the architecture; its weights are replaced by those of the last checkpoint.
+    """
+    checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in without_prefix("model", checkpoint.tensors).items():
+            parameters[name].copy_(value)
+    save_model(
+        model, context.out, eos_token_ids=publication.eos_token_ids, pad_token_id=publication.pad_token_id
+    )
+    for name in _TEXT_FILES:
+        if (publication.text_from / name).exists():
+            shutil.copyfile(publication.text_from / name, context.out / name)
+    lines = [line for line in read_metrics(context.work / FILE) if "step" in line]
+    draw_curve(lines, context.out / "loss.png", title=publication.title)
+    context.run.log_file(context.out / "loss.png")
+    scored = [line for line in lines if "validation_loss" in line]
+    facts = {
+        **publication.facts,
+        "Parameters": f"{parameter_count(model):,}",
+        "Optimizer steps": f"{config.steps:,}",
+        "Target tokens seen": f"{checkpoint.tokens_seen:,}",
+        "Validation loss": f"{scored[-1]['validation_loss']:.4f} nats per token",
+        "Bits per byte": f"{scored[-1]['bits_per_byte']:.4f}",
+    }
+    (context.out / "README.md").write_text(_card(publication.title, facts), encoding="utf-8")
+    hardware = json.loads((context.work / HARDWARE).read_bytes())
+    return {**_summary(lines, scored, parameter_count(model), checkpoint.tokens_seen), **hardware}
+
+
+def _summary(
+    lines: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], parameters: int, tokens_seen: int
+) -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "steps": lines[-1]["step"],
+        "tokens_seen": tokens_seen,
+        "first_loss": lines[0]["loss"],
+        "loss": lines[-1]["loss"],
+        "first_validation_loss": scored[0]["validation_loss"],
+        "validation_loss": scored[-1]["validation_loss"],
+        "bits_per_byte": scored[-1]["bits_per_byte"],
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        "mfu": statistics.median(line["mfu"] for line in lines),
+    }
+
+
+def _card(title: str, facts: Mapping[str, str]) -> str:
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
+        f"|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
+        "Opens with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
+    )

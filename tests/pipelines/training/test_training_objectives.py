@@ -1,0 +1,116 @@
+"""Losses and rows: fused cross-entropy, supervised pairs, metrics files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from actors.text import Text
+from configs.errors import DataError
+from configs.schema.model import ModelConfig
+from pipelines.corpus.tokenizer import END_OF_TURN, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
+from pipelines.training.cross_entropy import linear_cross_entropy
+from pipelines.training.metrics import Follower, MetricsFile, read_metrics
+from pipelines.training.models import build_model, save_model
+from pipelines.training.objectives import SupervisedPairs, padded_rows, token_loss
+from pipelines.training.pairs import PairRows, render_pairs
+
+PAIRS = [("What is it?", "A test."), ("Say one word, and say it slowly.", "Word"), ("a", "b c d"), ("long " * 60, "x")]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(["def area(radius): return radius ** 2\n" * 50], 300), folder)
+    return Text.load(folder)
+
+
+@pytest.fixture
+def pairs(text: Text, tmp_path: Path) -> PairRows:
+    source = tmp_path / "train.jsonl"
+    source.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in PAIRS))
+    assert render_pairs(source, tmp_path / "rows", text, row_tokens=64) == 1
+    return PairRows.open(tmp_path / "rows")
+
+
+def test_fused_cross_entropy_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.training.cross_entropy._CHUNK_LOGITS", 7 * 50)
+    torch.manual_seed(0)
+    hidden = torch.randn(33, 8, requires_grad=True)
+    weight = torch.randn(50, 8, requires_grad=True)
+    targets = torch.randint(0, 50, (33,))
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    fused = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(torch.autograd.grad(3 * fused, (hidden, weight)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_completions_and_their_end_token_are_targets(pairs: PairRows, text: Text) -> None:
+    rows = padded_rows(pairs, range(3))
+    for tokens, targets, (_, completion) in zip(rows.tokens, rows.targets, PAIRS, strict=False):
+        learned = tokens[1:][targets].tolist()
+        assert learned == [*text.encode(completion), SPECIAL_TOKENS.index(END_OF_TURN)]
+
+
+def test_prompt_and_padding_tokens_do_not_change_the_targets_of_other_rows(pairs: PairRows) -> None:
+    model = build_model(
+        ModelConfig(hidden_size=32, layers=2, heads=2, context_length=64), vocab_size=300, eos_token_id=0, seed=1
+    ).eval()
+    together = token_loss(model, padded_rows(pairs, range(3)))
+    apart = sum(token_loss(model, padded_rows(pairs, [i])) for i in range(3))
+    torch.testing.assert_close(together, apart)
+
+
+def test_every_pair_comes_once_an_epoch_whatever_the_number_of_ranks(pairs: PairRows) -> None:
+    def seen(step: int, ranks: int) -> Counter[tuple[int, ...]]:
+        objective = SupervisedPairs(pairs, pairs, batch_rows=6, seed=5, validation_rows=2)
+        parts = [objective.batch(step, rank, ranks) for rank in range(ranks)]
+        return Counter(tuple(row[row != 0].tolist()) for part in parts for row in part.tokens)
+
+    assert seen(0, 1) == seen(0, 2) == seen(0, 3)
+    assert set(seen(0, 1).values()) == {2}
+    assert len(seen(3, 2)) == 3
+
+
+def test_a_line_that_is_no_pair_is_named(text: Text, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2"):
+        render_pairs(tmp_path / "bad.jsonl", tmp_path / "rows", text, row_tokens=64)
+
+
+def test_equal_seeds_build_equal_model_files(tmp_path: Path) -> None:
+    config = ModelConfig(hidden_size=32, layers=2, heads=2, context_length=32)
+    contents = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        model = build_model(config, vocab_size=300, eos_token_id=0, seed=seed)
+        save_model(model, tmp_path / name, eos_token_ids=(0, 4), pad_token_id=0)
+        contents.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert contents[0] == contents[1] != contents[2]
+    assert set(contents[0]) == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_follower_gives_each_step_once_when_the_file_is_cut_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert list(follower.new_lines()) == []
+    first = MetricsFile(path)
+    first.append({"notice": "checkpoint damaged"})
+    for step in (1, 2, 3):
+        first.append({"step": step})
+    first.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line.get("step") for line in follower.new_lines()] == [None, 1, 2, 3]
+    second = MetricsFile(path)
+    second.resumed(2)
+    for step in (3, 4):
+        second.append({"step": step})
+    second.close()
+    assert [line["step"] for line in follower.new_lines()] == [4]
+    assert [line["step"] for line in read_metrics(path) if "step" in line] == [1, 2, 3, 4]

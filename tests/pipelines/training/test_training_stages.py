@@ -1,0 +1,129 @@
+"""Pretraining and fine-tuning on real Ray Train workers, from corpus to model folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from actors.store.artifacts import Artifact, ArtifactStore
+from actors.store.tracker import JsonLinesTracker
+from configs.schema.project import Recipe
+from pipelines.runner import Runner, RunReport
+from pipelines.stage import Progress
+from pipelines.stages.corpus import CorpusStage
+from pipelines.stages.finetune import FinetuneStage
+from pipelines.stages.instructions import InstructionsStage
+from pipelines.stages.pretrain import PretrainStage
+from pipelines.stages.tokenizer import TokenizerStage
+
+pytestmark = pytest.mark.ray
+
+SOURCE = {"path": "python:stdlib", "include": ["json/*.py", "asyncio/*.py", "email/*.py"]}
+SPLIT = {"validation_fraction": 0.2}
+TRAINING = {
+    "batch_rows": 8, "micro_batch_rows": 2, "eval_rows": 4, "log_every_steps": 5, "checkpoint_every_seconds": 0.2,
+}  # fmt: skip
+STAGES: dict[str, dict[str, Any]] = {
+    "tokenizer": {"source": SOURCE, "split": SPLIT, "vocab_size": 600, "sample_bytes": 100_000},
+    "corpus": {"tokenizer": "tokenizer", "source": SOURCE, "split": SPLIT},
+    "instructions": {"source": SOURCE, "split": SPLIT},
+    "pretrain": {
+        "corpus": "corpus",
+        "model": {"hidden_size": 32, "layers": 2, "heads": 2, "context_length": 128},
+        "training": {**TRAINING, "steps": 150, "eval_every_steps": 50},
+    },
+    "finetune": {
+        "model": "pretrain",
+        "data": "instructions",
+        "training": {**TRAINING, "steps": 20, "eval_every_steps": 10},
+    },
+}
+
+
+class Watcher:
+    """Remembers progress; does `act` the first time pretraining passes `at` steps."""
+
+    def __init__(self, at: int, act: Callable[[], None]) -> None:
+        self.at: float = at
+        self.act = act
+        self.steps: list[tuple[str, float]] = []
+
+    def stage_started(self, name: str, kind: str) -> None: ...
+
+    def stage_finished(self, name: str, outcome: Any) -> None: ...
+
+    def stage_progress(self, name: str, progress: Progress) -> None:
+        if progress.unit == "step":
+            self.steps.append((name, progress.done))
+        if name == "pretrain" and progress.done >= self.at:
+            self.at = float("inf")
+            self.act()
+
+
+def training_workers() -> list[psutil.Process]:
+    mine = psutil.Process().children(recursive=True)
+    return [p for p in mine if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def run(home: Path, observer: Watcher) -> tuple[RunReport, ArtifactStore]:
+    store = ArtifactStore(home / "artifacts")
+    kinds = (TokenizerStage(), CorpusStage(), InstructionsStage(), PretrainStage(), FinetuneStage())
+    tracker = JsonLinesTracker(home / "tracking")
+    recipe = Recipe.model_validate({"name": "tiny", "stages": STAGES})
+    report = Runner(recipe, store, tracker, home, {stage.kind: stage for stage in kinds}, observer).run()
+    tracker.close(5.0)
+    return report, store
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def kill_a_worker() -> None:
+    os.kill(training_workers()[0].pid, signal.SIGKILL)
+
+
+@pytest.mark.timeout(240)
+def test_an_interrupted_run_goes_on_and_outlives_a_killed_worker(cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Watcher(20, interrupt))
+    (checkpoint, *_) = sorted((tmp_path / "work").glob("model-*/checkpoints/step-*"), reverse=True)
+    assert not [t for t in threading.enumerate() if t.name == "ray-train"]
+
+    watcher = Watcher(100, kill_a_worker)
+    report, store = run(tmp_path, watcher)
+    assert watcher.at == float("inf")
+    steps = [step for name, step in watcher.steps if name == "pretrain"]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == STAGES["pretrain"]["training"]["steps"]
+    assert int(checkpoint.name.removeprefix("step-")) >= 20
+    for name, outcome in zip(STAGES, report.outcomes, strict=True):
+        if name in ("pretrain", "finetune") and outcome.ref:
+            check_model_folder(store.get(outcome.ref))
+            assert outcome.summary["validation_loss"] < outcome.summary["first_loss"]
+
+
+def check_model_folder(artifact: Artifact) -> None:
+    model = AutoModelForCausalLM.from_pretrained(artifact.path)
+    tokenizer = AutoTokenizer.from_pretrained(artifact.path)
+    assert model.generation_config.eos_token_id == [0, 4]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    assert len(chat["input_ids"]) > 2
+    for name in ("contract.json", "README.md", "loss.png"):
+        assert (artifact.path / name).stat().st_size > 100
