@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from actors.store.tracker import Run
-
 from actors.store.artifacts import Artifact, ArtifactStore
+from actors.store.tracker import Run
 from configs.schema.base import Config
 
 

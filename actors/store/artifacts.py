@@ -166,12 +166,15 @@ class ArtifactStore:
         return Artifact(manifest, target)
 
     def remove(self, ref: Ref) -> None:
-        """Deletes an artifact; it disappears at once, whole."""
+        """Deletes an artifact, a damaged one too; it disappears at once, whole. Raises `ArtifactError` if it is not
+        there."""
+        folder = self.path(ref)
+        if not folder.is_dir():
+            raise ArtifactError(f"no artifact {ref} in {self.root}", next_step="ganymede artifacts list")
         doomed = self.root / _STAGING / f"removed-{ref.kind}-{ref.name}@{ref.version}"
         remove_tree(doomed)
         doomed.parent.mkdir(parents=True, exist_ok=True)
-        self._manifest(ref)
-        self.path(ref).rename(doomed)
+        folder.rename(doomed)
         remove_tree(doomed)
 
     def _walk(self, kind: str) -> Iterator[Manifest]:

@@ -70,9 +70,7 @@ def render_pairs(source: Path, target: Path, text: Text, *, row_tokens: int) -> 
     for prompt, completion in _read(source):
         question = [{"role": "user", "content": prompt}]
         before = text.render_chat(question)
-        whole = text.render_chat(
-            [*question, {"role": "assistant", "content": completion}], add_generation_prompt=False
-        )
+        whole = text.render_chat([*question, {"role": "assistant", "content": completion}], add_generation_prompt=False)
         if whole[: len(before)] != before or len(whole) == len(before):
             raise ContractError(
                 "the chat template does not keep a prompt as it was once the answer follows",

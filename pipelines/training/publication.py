@@ -51,9 +51,7 @@ def write_model(
     with torch.no_grad():
         for name, value in without_prefix("model", checkpoint.tensors).items():
             parameters[name].copy_(value)
-    save_model(
-        model, context.out, eos_token_ids=publication.eos_token_ids, pad_token_id=publication.pad_token_id
-    )
+    save_model(model, context.out, eos_token_ids=publication.eos_token_ids, pad_token_id=publication.pad_token_id)
     for name in _TEXT_FILES:
         if (publication.text_from / name).exists():
             shutil.copyfile(publication.text_from / name, context.out / name)

@@ -115,9 +115,14 @@ def test_an_unknown_artifact_error_lists_what_there_is(tmp_path: Path) -> None:
         store.get("../../etc/passwd@1")
 
 
-def test_removal_takes_the_whole_artifact(tmp_path: Path) -> None:
+def test_removal_takes_the_whole_artifact_damaged_or_not(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
-    publish(store)
+    manifest = publish(store).path / MANIFEST
+    manifest.write_text("{}")
+    with pytest.raises(CorruptArtifactError):
+        store.get(REF)
     store.remove(REF)
     assert store.list() == []
     publish(store)
+    with pytest.raises(ArtifactError, match="no artifact dataset/toy@2"):
+        store.remove(Ref("dataset", "toy", 2))

@@ -1,0 +1,114 @@
+"""`ganymede generate`: text from a model in this process, with the engine that serves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infra.cli.output import Debug, Json, err, print_json
+from infra.local import route_logs, state_home
+
+if TYPE_CHECKING:
+    from actors.engine.engine import Engine
+    from actors.engine.request import Completion, Request
+    from configs.schema.generation import Sampling
+
+
+def generate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="NAME@ALIAS of the registry, model/NAME@VERSION, or a folder.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a user of the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Draw from the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; can be repeated.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continues a prompt, as it is generated. Example: ganymede generate demo@champion --chat --prompt "Hello"."""
+    home = state_home()
+    route_logs(home)
+    sampling = _sampling(
+        {"max_new_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop or ()}
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with err().status(f"loading {model}"):
+        from actors.engine.engine import Engine
+        from actors.engine.request import Request
+
+        folder, ref, digest = _find(model, home)
+        engine = Engine.load(folder, max_sequences=1)
+    messages = [{"role": "user", "content": text}]
+    ids = engine.text.render_chat(messages) if chat else engine.text.encode(text)
+    began = time.monotonic()
+    completion = _stream(engine, Request("prompt", tuple(ids), sampling), show=not as_json)
+    seconds = time.monotonic() - began
+    if not as_json:
+        return
+    print_json(
+        {
+            "model": ref or str(folder),
+            "digest": digest,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "prompt_tokens": completion.prompt_tokens,
+            "completion_tokens": len(completion.token_ids),
+            "tokens_per_second": round(len(completion.token_ids) / seconds, 1),
+        }
+    )
+
+
+def _find(model: str, home: Path) -> tuple[Path, str | None, str | None]:
+    """The folder of the model that is named, and its artifact and digest unless a folder was named."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, None, None
+    from actors.store.artifacts import ArtifactStore
+    from infra.deploy import find_model
+
+    found = find_model(model, ArtifactStore(home / "artifacts"), home)
+    return Path(found.folder), found.ref, found.digest
+
+
+def _sampling(values: dict[str, object]) -> Sampling:
+    """Raises `RequestError` with the option at fault."""
+    from pydantic import ValidationError
+
+    from configs.errors import RequestError
+    from configs.schema.generation import Sampling
+
+    try:
+        return Sampling.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        option = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
+        allowed = first["msg"].removeprefix("Input should be ")
+        raise RequestError(option, param=name, received=first["input"], allowed=allowed) from error
+
+
+def _stream(engine: Engine, request: Request, *, show: bool) -> Completion:
+    """Runs one request to its end, writing the text as it is certain. Raises the engine's error if it ends in one."""
+    from actors.engine.request import Completion
+
+    engine.submit(request)
+    events = []
+    while engine.has_work:
+        for event in engine.step():
+            events.append(event)
+            if show:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+    if show:
+        sys.stdout.write("\n")
+    completion = Completion.of(events)
+    if completion.error is not None:
+        raise completion.error
+    return completion

@@ -1,0 +1,145 @@
+"""`ganymede up`, `status`, `down` and `serve`: Ray, MLflow and the endpoint on this machine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infra.cli.output import Debug, Json, err, print_json, print_table, say
+from infra.local import (
+    local_ray_environment,
+    logical_cpus,
+    object_store_bytes,
+    ray_session,
+    route_logs,
+    state_home,
+)
+
+if TYPE_CHECKING:
+    from infra.platform import Platform
+
+
+def up(
+    serve: Annotated[
+        str | None,
+        typer.Option(metavar="NAME@ALIAS", help="Model to serve; the only registered champion if left out."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the endpoint.")] = 8000,
+    dashboard_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Ray's dashboard.")] = 8265,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's UI.")] = 5000,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Starts Ray, MLflow's UI and the endpoint on loopback; they outlive the terminal. Example: ganymede up."""
+    from actors.store.tracker import tracking_uri
+    from infra import platform
+
+    home = state_home()
+    route_logs(home)
+    if platform.running_platform(home) is None:
+        platform.require_free_port(port, "--port")
+        local_ray_environment()
+        with err().status("starting Ray and MLflow") as status:
+            platform.start(
+                home,
+                dashboard_port=dashboard_port,
+                mlflow_port=mlflow_port,
+                tracking=tracking_uri(home),
+                cpus=logical_cpus(),
+                object_store_bytes=object_store_bytes(),
+                say=status.update,
+            )
+    else:
+        say("the platform runs already")
+    model = serve or _champion(tracking_uri(home))
+    if model is not None:
+        with ray_session(home):
+            url = _start_endpoint(model, home, port=port, host=platform.LOOPBACK)
+        platform.record_endpoint(home, url, model)
+    else:
+        say("no endpoint: no model is champion; ganymede up --serve NAME@ALIAS serves another")
+    _show(platform.recorded_platform(home), as_json)
+
+
+def status(as_json: Json = False, debug: Debug = False) -> None:
+    """Says what runs and where. Example: ganymede status."""
+    from infra.platform import recorded_platform
+
+    _show(recorded_platform(state_home()), as_json)
+
+
+def down(as_json: Json = False, debug: Debug = False) -> None:
+    """Ends everything that up started; artifacts and runs are kept. Example: ganymede down."""
+    from infra.platform import stop
+
+    home = state_home()
+    with err().status("stopping"):
+        ended = stop(home)
+    if as_json:
+        print_json({"processes_ended": ended})
+    else:
+        typer.echo(f"{ended} processes ended" if ended else "nothing was running")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME@ALIAS of the registry, or model/NAME@VERSION.")],
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to bind; 0.0.0.0 opens the endpoint to the network.")
+    ] = "127.0.0.1",
+    debug: Debug = False,
+) -> None:
+    """Serves a model with the OpenAI API until Ctrl-C. Example: ganymede serve demo@champion --port 8000."""
+
+    home = state_home()
+    route_logs(home)
+    with ray_session(home) as cluster:
+        from infra.deploy import stop_serving
+
+        url = _start_endpoint(model, home, port=port, host=host)
+        try:
+            typer.echo(f"{model} answers at {url} (OpenAI API); Ctrl-C ends it")
+            while True:
+                time.sleep(3600)
+        finally:
+            if not cluster.embedded:
+                stop_serving()
+
+
+def _start_endpoint(model: str, home: Path, *, port: int, host: str) -> str:
+    """Serves `model` on the connected Ray; returns the base URL for OpenAI clients once it answers."""
+    with err().status(f"finding {model}") as status:
+        from actors.store.artifacts import ArtifactStore
+        from configs.schema.serving import ServingConfig
+        from infra.deploy import find_model, serve_model
+
+        served = find_model(model, ArtifactStore(home / "artifacts"), home)
+        endpoint = serve_model(served, ServingConfig(port=port, host=host), say=status.update)
+    return endpoint.url
+
+
+def _champion(uri: str) -> str | None:
+    """`NAME@champion` if exactly one model of the registry has a champion."""
+    from actors.store.registry import Registry
+
+    names = [entry.name for entry in Registry.open(uri).entries() if "champion" in entry.aliases]
+    if len(names) > 1:
+        say(f"several models have a champion: {', '.join(names)}")
+    return f"{names[0]}@champion" if len(names) == 1 else None
+
+
+def _show(platform: Platform | None, as_json: bool) -> None:
+    """Services, addresses and whether they answer."""
+    from infra.platform import services
+
+    found = services(platform)
+    if as_json:
+        print_json({"ray_address": platform.ray_address if platform else None, "services": [vars(s) for s in found]})
+        return
+    if not found:
+        typer.echo("nothing runs; ganymede up starts it")
+        return
+    print_table(("service", "state", "address"), [(s.name, s.state, s.url) for s in found])

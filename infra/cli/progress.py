@@ -1,0 +1,140 @@
+"""Progress of a run on standard error: a live bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from infra.cli.output import duration, figure
+
+PLAIN_EVERY_SECONDS = 10.0
+
+
+_SHOWN = {
+    "loss": "loss",
+    "tokens_per_second": "tokens/s",
+    "tokens/s": "tokens/s",
+    "MB/s": "MB/s",
+    "megabytes_per_second": "MB/s",
+    "pairs": "pairs",
+}
+"""Figures with room in a line, and what they are called there; all of them go to the tracker."""
+
+
+def _phrase(name: str, value: float) -> str:
+    return f"{_SHOWN[name]} {figure(value)}"
+
+
+class _Progress(Protocol):
+    """`pipelines.stage.Progress`; named by shape, because importing it would load the pipelines."""
+
+    @property
+    def done(self) -> float: ...
+    @property
+    def total(self) -> float: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def figures(self) -> Mapping[str, float]: ...
+
+
+class _Outcome(Protocol):
+    """`pipelines.runner.Outcome`, by shape."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def ref(self) -> str | None: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+class RunProgress:
+    """Watches a run for a person; an `Observer` of the runner. Safe to call from any thread."""
+
+    def __init__(self, console: Console, *, plain_every_seconds: float = PLAIN_EVERY_SECONDS) -> None:
+        self._console = console
+        self._every = plain_every_seconds
+        self._live = console.is_terminal
+        self._bars = Bars(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[position]}", markup=False),
+            TextColumn("{task.fields[figures]}", markup=False, style="cyan"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._lock = threading.Lock()
+        self._task: TaskID | None = None
+        self._first: _Progress | None = None
+        self._began = self._last_line = 0.0
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """One line above the bar."""
+        self._console.print(Text(line))
+
+    def stage_started(self, name: str, kind: str) -> None:
+        """A bar, or a line, for the stage."""
+        with self._lock:
+            self._last_line = time.monotonic()
+            self._first = None
+            if self._live:
+                self._task = self._bars.add_task(name, total=None, position="", figures="")
+            else:
+                self._console.print(Text(f"{name}: started"))
+
+    def stage_progress(self, name: str, progress: _Progress) -> None:
+        """Moves the bar; off a terminal, a line if the last one is old enough."""
+        position = f"{figure(progress.done)}/{figure(progress.total)} {progress.unit}"
+        figures = "  ".join(_phrase(name, value) for name, value in progress.figures.items() if name in _SHOWN)
+        with self._lock:
+            if self._task is not None:
+                self._bars.update(
+                    self._task, completed=progress.done, total=progress.total, position=position, figures=figures
+                )
+                return
+            now = time.monotonic()
+            if self._first is None:
+                self._first, self._began = progress, now
+            if self._live or now - self._last_line < self._every:
+                return
+            self._last_line = now
+            self._console.print(Text(f"{name}: {position}  {figures}{self._left(progress, now)}"))
+
+    def _left(self, progress: _Progress, now: float) -> str:
+        """Time left by the pace since the first report; what an earlier run did, and starting up, is not pace."""
+        gained = progress.done - (self._first or progress).done
+        if gained <= 0:
+            return ""
+        return f"  left {duration((now - self._began) * (progress.total - progress.done) / gained)}"
+
+    def stage_finished(self, name: str, outcome: _Outcome) -> None:
+        """One lasting line for the stage."""
+        with self._lock:
+            if self._task is not None:
+                self._bars.remove_task(self._task)
+                self._task = None
+            made = f"{outcome.status} {outcome.ref}" if outcome.ref else outcome.status
+            self._console.print(Text(f"{name}: {made} in {duration(outcome.seconds)}"))

@@ -1,0 +1,136 @@
+"""What a run leaves on the terminal: every stage with its sizes and speeds, the scores before and after, the
+endpoint's answer, and the commands that go on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import typer
+
+from infra.cli.output import duration, figure, print_table, size
+
+
+class _Outcome(Protocol):
+    """`pipelines.runner.Outcome`, by shape."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def ref(self) -> str | None: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def summary(self) -> Mapping[str, Any]: ...
+
+
+class _Report(Protocol):
+    """`pipelines.runner.RunReport`, by shape."""
+
+    @property
+    def outcomes(self) -> Sequence[_Outcome]: ...
+
+
+def _count(noun: str) -> Callable[[Any], str]:
+    return lambda value: f"{figure(value)} {noun}"
+
+
+def _sum(noun: str) -> Callable[[Any], str]:
+    return lambda counts: f"{figure(sum(counts.values()))} {noun}"
+
+
+_TRAINING: Sequence[tuple[str, Callable[[Any], str]]] = (
+    ("parameters", _count("parameters")),
+    ("steps", _count("steps")),
+    ("tokens_seen", _count("tokens")),
+    ("tokens_per_second", _count("tokens/s")),
+    ("first_validation_loss", lambda value: f"validation loss {figure(value)}"),
+    ("validation_loss", lambda value: f"-> {figure(value)}"),
+    ("bits_per_byte", _count("bits/byte")),
+)
+_FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
+    "tokenizer": (
+        ("sample_bytes", lambda value: f"learned from {size(value)}"),
+        ("vocab_size", _count("entries")),
+        ("bytes_per_token", _count("bytes/token")),
+    ),
+    "corpus": (
+        ("files", _count("files")),
+        ("train.tokens", _count("tokens to train")),
+        ("validation.tokens", _count("held out")),
+        ("megabytes_per_second", _count("MB/s")),
+    ),
+    "instructions": (("pairs.train", _sum("pairs to train")), ("pairs.heldout", _sum("held out"))),
+    "pretrain": _TRAINING,
+    "finetune": _TRAINING,
+    "evaluate": (("pairs", _sum("answers a model")),),
+    "register": (
+        ("name", lambda value: str(value)),
+        ("version", lambda value: f"version {value}"),
+        ("aliases", lambda value: f"alias {', '.join(value)}"),
+    ),
+    "deploy": (("url", lambda value: str(value)),),
+}
+"""Of each kind's summary, what is worth a line, by dotted path."""
+
+
+def print_summary(report: _Report) -> None:
+    """Prints everything on standard output."""
+    rows = [
+        (o.stage, f"{o.status} in {duration(o.seconds)}", o.ref or "", ", ".join(_worth_saying(o)))
+        for o in report.outcomes
+    ]
+    typer.echo()
+    print_table(("stage", "", "artifact", "figures of the run that made it"), rows)
+    for outcome in report.outcomes:
+        if outcome.kind == "evaluate":
+            _print_scores(outcome.summary)
+        if outcome.kind == "deploy":
+            _print_answer(outcome.summary)
+    registered = [o.summary for o in report.outcomes if o.kind == "register"]
+    if registered:
+        _print_next(registered[-1])
+
+
+def _worth_saying(outcome: _Outcome) -> Iterator[str]:
+    for path, phrase in _FIGURES.get(outcome.kind, ()):
+        value: Any = outcome.summary
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value:
+            yield phrase(value)
+
+
+def _print_scores(summary: Mapping[str, Any]) -> None:
+    """Scores side by side, with the change from the first model to the last."""
+    models: Mapping[str, Mapping[str, float]] = summary["models"]
+    baseline, candidate = next(iter(models.values())), list(models.values())[-1]
+    rows = [
+        (metric, *(figure(scores[metric]) for scores in models.values()), f"{candidate[metric] - value:+.3g}")
+        for metric, value in baseline.items()
+    ]
+    typer.echo()
+    print_table(("on held-out data", *(f"# {label}" for label in models), "# change"), rows)
+
+
+def _print_answer(summary: Mapping[str, Any]) -> None:
+    if summary.get("answer") is not None:
+        typer.echo(f"\nAsked over HTTP: {summary['question']}\nAnswered: {str(summary['answer']).strip()}")
+
+
+def _print_next(registered: Mapping[str, Any]) -> None:
+    """Commands to go on with, ready to be copied."""
+    alias = "champion" if "champion" in registered["aliases"] else "candidate"
+    model = f"{registered['name']}@{alias}"
+    commands = (
+        ("ganymede up", "Ray dashboard, MLflow UI with the curves, and the endpoint, until ganymede down"),
+        (f"ganymede serve {model}", "the endpoint alone, until Ctrl-C"),
+        (f'ganymede generate {model} --chat --prompt "..."', "text in this terminal, without a server"),
+    )
+    typer.echo()
+    print_table(("next", ""), commands)

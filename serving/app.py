@@ -1,0 +1,61 @@
+"""The Ray Serve application: which deployments there are, how many replicas, and how they are replaced."""
+
+from __future__ import annotations
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+from ray.serve.deployment import Application
+from ray.serve.schema import LoggingConfig
+
+from configs.schema.serving import ServingConfig
+from serving.calls import ServedModel
+from serving.ingress import Ingress
+from serving.replica import EngineReplica
+
+APP_NAME = "ganymede"
+LOGGING = LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=False)
+"""To files of the Ray session only; neither prompts nor answers are logged."""
+
+INGRESS_REQUESTS = 4096
+"""Requests the ingress holds open; HAProxy's own limit on connections."""
+BUSY_SHARE = 0.75
+"""Replicas are added when their requests fill more than this share of the sequences they decode together."""
+
+
+def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) -> Application:
+    """The application that serves `model`; `serve.run` starts it, or replaces the one that runs.
+
+    Args:
+        model: the version.
+        config: how many replicas, how large.
+        side_by_side: an update starts new replicas before it ends old ones, which takes room for one more of them; else
+            old ones end first, and a single replica's requests wait meanwhile.
+    """
+    sequences = config.max_sequences
+    engine = serve.deployment(
+        EngineReplica,
+        name="engine",
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        # The engine's own queue decides what is refused; Serve's limit only has to be out of its way.
+        max_ongoing_requests=2 * (sequences + config.max_queued),
+        max_surge_percent=100 if side_by_side else 0,
+        max_constructor_retry_count=2,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=10,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=config.replicas_min,
+            max_replicas=config.replicas_max,
+            target_ongoing_requests=max(1.0, BUSY_SHARE * sequences),
+        ),
+        logging_config=LOGGING,
+    )
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=10,
+        logging_config=LOGGING,
+    )
+    return ingress.bind(engine.bind(model, config), model, config)

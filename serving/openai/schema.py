@@ -1,0 +1,234 @@
+"""Requests of the OpenAI API that are understood here, read strictly.
+
+A field that is not honoured is refused by name instead of being ignored, because an ignored parameter gives the client
+another answer than it asked for. Everything wrong raises `ApiError`, whose `body()` has OpenAI's error shape
+`{"error": {"message", "type", "param", "code"}}`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from serving.calls import Call, Message, Refusal
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for `/v1/completions`; a chat goes on until the context window is full."""
+MAX_STOPS = 16
+_SHOWN_CHARS = 80
+"""Of a value that is quoted in an error."""
+
+
+class ApiError(Exception):
+    """Ends a request with an error the client can read."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+    @classmethod
+    def bad_request(cls, message: str, *, param: str | None = None, code: str = "invalid_request") -> Self:
+        """400."""
+        return cls(Refusal(400, message, code, param))
+
+
+def error_body(refusal: Refusal) -> dict[str, Any]:
+    """A refusal in OpenAI's shape."""
+    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
+    return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
+
+
+def _wrong(message: str) -> NoReturn:
+    raise PydanticCustomError("wrong", "{message}", {"message": message})
+
+
+def _is_unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        _wrong("holds half of a surrogate pair, which is no character")
+    return text
+
+
+def _prompts(value: Any) -> Any:
+    """The four forms of `prompt` as one: a tuple of texts or of token id tuples."""
+    allowed = "allowed: a string, a list of strings, a list of token ids, or a list of lists of token ids"
+    if isinstance(value, str):
+        return (_is_unicode(value),)
+    if not isinstance(value, list) or not value:
+        _wrong(allowed)
+    if all(isinstance(item, str) for item in value):
+        return tuple(_is_unicode(item) for item in value)
+    lists = [value] if _are_ids(value) else value
+    if not all(isinstance(item, list) and item and _are_ids(item) for item in lists):
+        _wrong(allowed)
+    return tuple(tuple(item) for item in lists)
+
+
+def _are_ids(items: list[Any]) -> bool:
+    return all(type(item) is int and item >= 0 for item in items)
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        _wrong(f"allowed: a string or a list of at most {MAX_STOPS} strings, none of them empty")
+    return tuple(_is_unicode(stop) for stop in stops)
+
+
+def _content(value: Any) -> Any:
+    """A message's text; text parts are joined."""
+    if isinstance(value, list):
+        if not all(isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in value):
+            _wrong('allowed: a string, or a list of parts {"type": "text", "text": ...}')
+        if all(isinstance(p["text"], str) for p in value):
+            return "".join(p["text"] for p in value)
+    return value
+
+
+UnicodeText = Annotated[str, AfterValidator(_is_unicode)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """How an answer is streamed."""
+
+    include_usage: bool = False
+
+
+class ChatMessage(_Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[UnicodeText, BeforeValidator(_content)]
+
+
+class _Request(_Strict):
+    """What the two kinds of request share. `null` stands for the default, as OpenAI has it."""
+
+    required: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+    """Who asks, for the client's own records; has no effect."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        optional = cls.model_fields.keys() - cls.required
+        cleaned = {key: value for key, value in data.items() if value is not None or key not in optional}
+        if "stream_options" in cleaned and cleaned.get("stream") is not True:
+            raise PydanticCustomError("stream_options", "allowed only with stream: true", {})
+        return cleaned
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk that holds the usage."""
+        return self.stream_options.include_usage
+
+    def _call(self, call_id: str, **kwargs: Any) -> Call:
+        seed = None if self.seed is None else self.seed % (1 << 63)
+        return Call(
+            id=call_id,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stop=self.stop,
+            seed=seed,
+            whole=not self.stream,
+            **kwargs,
+        )
+
+
+class CompletionRequest(_Request):
+    """Body of `POST /v1/completions`."""
+
+    required: ClassVar[frozenset[str]] = frozenset({"model", "prompt"})
+
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+
+    def call(self, call_id: str) -> Call:
+        """What an engine replica is asked."""
+        return self._call(call_id, prompts=self.prompt, max_new_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS)
+
+
+class ChatRequest(_Request):
+    """Body of `POST /v1/chat/completions`."""
+
+    required: ClassVar[frozenset[str]] = frozenset({"model", "messages"})
+
+    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    """The newer name of `max_tokens`."""
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens exclude each other", {})
+        return self
+
+    def call(self, call_id: str) -> Call:
+        """What an engine replica is asked."""
+        messages = tuple(Message(m.role, m.content) for m in self.messages)
+        return self._call(call_id, messages=messages, max_new_tokens=self.max_completion_tokens or self.max_tokens)
+
+
+R = TypeVar("R", CompletionRequest, ChatRequest)
+
+
+def read_request(kind: type[R], body: bytes) -> R:
+    """Parses and checks a request body. Raises `ApiError` (400) that names the field at fault."""
+    try:
+        data = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError.bad_request(f"the body is not JSON: {error}", code="invalid_json") from error
+    if not isinstance(data, dict):
+        raise ApiError.bad_request(
+            f"the body is not a JSON object; received {_shown(data)}; allowed: an object with the request's fields"
+        )
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        # An unknown field tells more than what follows from its being misspelt: a required one that is missing.
+        errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        raise _field_error(kind, errors[0]) from error
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
+    param = ".".join(str(part) for part in error["loc"] if isinstance(part, str | int)) or error["type"]
+    if error["type"] == "extra_forbidden":
+        message, code = f"{param} is not supported; allowed: {', '.join(kind.model_fields)}", "unsupported_parameter"
+        if len(error["loc"]) > 1:
+            message = f"{param} is not supported"
+        return ApiError.bad_request(message, param=param, code=code)
+    if error["type"] == "missing":
+        return ApiError.bad_request(f"{param} is required", param=param, code="missing_required_parameter")
+    message = f"{param}: {error['msg']}"
+    if error["loc"]:
+        message += f"; received {_shown(error['input'])}"
+    return ApiError.bad_request(message, param=param, code="invalid_value")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."

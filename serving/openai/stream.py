@@ -1,0 +1,162 @@
+"""Answers of the OpenAI API: whole, and as server-sent events.
+
+The same pieces make both, so the texts of a stream joined are the text of the whole answer. An error after the first
+piece is an event of its own, because the status line has been sent by then; `data: [DONE]` follows only a whole answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from serving.calls import Piece, Refusal
+from serving.openai.schema import error_body
+
+logger = logging.getLogger("ray.serve")
+
+DONE = b"data: [DONE]\n\n"
+BROKEN = Refusal(500, "the answer broke off: the server met an error", "internal_error")
+
+
+@dataclass(frozen=True)
+class Answer(ABC):
+    """The frame around the texts of one answer; one of the two subclasses makes what differs."""
+
+    id: str
+    created: int
+    """Seconds since the epoch."""
+    model: str
+    fingerprint: str
+
+    whole_object: str = ""
+    chunk_object: str = ""
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The body of an answer that is not streamed; one piece an index."""
+        choices = [self._choice(piece) for piece in pieces]
+        return {**self._frame(self.whole_object, choices), "usage": usage(pieces)}
+
+    def chunks(self, pieces: Sequence[Piece], *, include_usage: bool) -> Iterator[dict[str, Any]]:
+        """The events of one batch; pieces of one index are joined."""
+        for piece in _joined(pieces):
+            chunk = self._frame(self.chunk_object, [self._chunk_choice(piece)])
+            yield {**chunk, "usage": None} if include_usage else chunk
+
+    def opening(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
+        """Events before the first piece."""
+        return iter(())
+
+    def usage_chunk(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The last event of a stream that was asked to say what it used; `pieces` are the last of each index."""
+        return {**self._frame(self.chunk_object, []), "usage": usage(pieces)}
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+            "choices": choices,
+        }
+
+    @abstractmethod
+    def _choice(self, piece: Piece) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def _chunk_choice(self, piece: Piece) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class CompletionAnswer(Answer):
+    """Of `/v1/completions`."""
+
+    whole_object: str = "text_completion"
+    chunk_object: str = "text_completion"
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        return {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+
+    def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
+        return self._choice(piece)
+
+
+@dataclass(frozen=True)
+class ChatAnswer(Answer):
+    """Of `/v1/chat/completions`."""
+
+    whole_object: str = "chat.completion"
+    chunk_object: str = "chat.completion.chunk"
+
+    def opening(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
+        """Says who speaks."""
+        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        chunk = self._frame(self.chunk_object, [choice])
+        yield {**chunk, "usage": None} if include_usage else chunk
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.index, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}
+
+    def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
+        delta = {"content": piece.text} if piece.text else {}
+        return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
+
+
+def usage(pieces: Sequence[Piece]) -> dict[str, int]:
+    """Tokens over all prompts and answers; one (the last) piece an index."""
+    prompt = sum(piece.prompt_tokens for piece in pieces)
+    completion = sum(piece.completion_tokens for piece in pieces)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """One piece an index, without those that neither say nor end anything."""
+    merged: dict[int, Piece] = {}
+    for piece in pieces:
+        text = merged[piece.index].text + piece.text if piece.index in merged else piece.text
+        merged[piece.index] = Piece(
+            piece.index, text, piece.prompt_tokens, piece.completion_tokens, piece.finish_reason
+        )
+    return [piece for piece in merged.values() if piece.text or piece.finish_reason]
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def server_sent_events(
+    answer: Answer,
+    first: Sequence[Piece],
+    rest: AsyncGenerator[Sequence[Piece] | Refusal, None],
+    *,
+    include_usage: bool,
+) -> AsyncIterator[bytes]:
+    """The body of a streamed answer whose first batch is there already; closes `rest` however it ends."""
+    last = {piece.index: piece for piece in first}
+    head = [*answer.opening(include_usage=include_usage), *answer.chunks(first, include_usage=include_usage)]
+    async with aclosing(rest):
+        try:
+            if head:
+                yield b"".join(map(event, head))
+            async for batch in rest:
+                if isinstance(batch, Refusal):
+                    yield event(error_body(batch))
+                    return
+                last.update((piece.index, piece) for piece in batch)
+                chunks = b"".join(map(event, answer.chunks(batch, include_usage=include_usage)))
+                if chunks:
+                    yield chunks
+        except Exception:
+            logger.exception("request %s broke off", answer.id)
+            yield event(error_body(BROKEN))
+            return
+    if include_usage:
+        yield event(answer.usage_chunk([last[index] for index in sorted(last)]))
+    yield DONE

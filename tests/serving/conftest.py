@@ -1,0 +1,65 @@
+"""A tiny Llama with random weights and a byte-level BPE, in the published form: any tool opens the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from actors.text import make_contract
+from serving.calls import ServedModel
+
+SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CONTEXT_LENGTH = 16384
+"""Long, so that a request can be caught in the middle of its answer."""
+
+
+def make_model(folder: Path, *, template: str | None = TEMPLATE) -> Path:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(["def open(path, mode): return the file at the path"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+
+    torch.manual_seed(7)
+    shape = LlamaConfig(
+        vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=CONTEXT_LENGTH, tie_word_embeddings=False,
+        initializer_range=0.5, bos_token_id=None, eos_token_id=[0, 4], pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(shape)
+    # Some other token's logit is above 0, so a greedy answer goes on until it is cut.
+    model.lm_head.weight.data[[0, 4]] = 0
+    model.generation_config = GenerationConfig(eos_token_id=[0, 4], pad_token_id=0)
+    model.save_pretrained(folder)
+    (folder / "contract.json").write_text(make_contract(folder).model_dump_json())
+    return folder
+
+
+def served(folder: Path) -> ServedModel:
+    return ServedModel(
+        name="tiny", folder=str(folder), ref="model/tiny-finetune@3", digest="ab" * 32, version=3, alias="champion",
+        created=1_700_000_000,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("served-model"))
+
+
+@pytest.fixture(scope="session")
+def plain_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without a chat template."""
+    return make_model(tmp_path_factory.mktemp("plain-model"), template=None)
