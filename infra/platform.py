@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import psutil
 
+from actors.store.mlflow_runs import create_database
 from configs.errors import GanymedeError, InputError
 
 LOOPBACK = "127.0.0.1"
@@ -162,6 +163,7 @@ def start(
         "ray": _ray_command(gcs, dashboard_port, (agent, agent_grpc, client, runtime_env), cpus, object_store_bytes)
     }
     if own_mlflow:
+        create_database(tracking)
         commands["mlflow"] = _mlflow_command(home, mlflow_port, tracking)
     try:
         for name, command in commands.items():

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
+import tempfile
 import threading
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +46,7 @@ class Refused(Exception):  # noqa: N818 - an outcome between two modules, never 
 
 
 def open_client(uri: str) -> MlflowClient:
-    """An MLflow client for tracking and registry at `uri`; the folder of a SQLite file is made.
+    """An MLflow client for tracking and registry at `uri`; a SQLite file is made if it is not there.
 
     MLflow's client would itself retry a refused connection for minutes; its callers here have their own patience, so
     it tries twice, unless the environment says otherwise; so it is with its log lines about migrations.
@@ -51,13 +54,33 @@ def open_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    parsed = urllib.parse.urlparse(uri)
-    if parsed.scheme.startswith("sqlite"):
-        Path(parsed.path[1:]).parent.mkdir(parents=True, exist_ok=True)
     with _importing:
+        create_database(uri)
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def create_database(uri: str) -> None:
+    """Makes MLflow's tables in the SQLite file of `uri` if there is no such file; leaves every other store alone.
+
+    MLflow makes them in dozens of steps, and cannot go on from a file in which it was killed half way. So that happens
+    beside the file, which then appears whole or not at all; of two processes that make it, one wins.
+    """
+    parsed = urllib.parse.urlparse(uri)
+    path = Path(parsed.path[1:])
+    if not parsed.scheme.startswith("sqlite") or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as folder:
+        from mlflow import MlflowClient
+
+        raw, whole = Path(folder) / "raw.db", Path(folder) / "whole.db"
+        MlflowClient(tracking_uri=f"sqlite:///{raw}", registry_uri=f"sqlite:///{raw}").search_experiments(max_results=1)
+        with closing(sqlite3.connect(raw)) as database:
+            database.execute("VACUUM INTO ?", (str(whole),))
+        with suppress(FileExistsError):  # another process was first, with the same tables
+            path.hardlink_to(whole)
 
 
 def is_refusal(error: Exception) -> bool:

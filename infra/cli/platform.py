@@ -48,7 +48,7 @@ def up(
                 dashboard_port=dashboard_port,
                 mlflow_port=mlflow_port,
                 tracking=tracking_uri(home),
-                cpus=logical_cpus(),
+                cpus=logical_cpus() + 1,  # the endpoint's, so that training still finds its own beside it
                 object_store_bytes=object_store_bytes(),
                 say=status.update,
             )
@@ -100,10 +100,12 @@ def serve(
         from infra.deploy import stop_serving
 
         url = _start_endpoint(model, home, port=port, host=host)
+        typer.echo(f"{model} answers at {url} (OpenAI API); Ctrl-C ends it")
         try:
-            typer.echo(f"{model} answers at {url} (OpenAI API); Ctrl-C ends it")
             while True:
                 time.sleep(3600)
+        except KeyboardInterrupt:
+            say("stopping the endpoint")
         finally:
             if not cluster.embedded:
                 stop_serving()

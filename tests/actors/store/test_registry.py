@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from actors.store.registry import Registry
@@ -63,3 +67,16 @@ def test_what_is_no_reference_is_refused(registry, reference):
 def test_a_server_that_is_away_is_said():
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9.*cannot be reached"):
         Registry.open("http://127.0.0.1:9").resolve("x@champion")
+
+
+def test_a_database_whose_making_was_killed_is_made_again(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    make = f"from actors.store.mlflow_runs import create_database; create_database({uri!r})"
+    process = subprocess.Popen([sys.executable, "-c", make])
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob(".new-*/raw.db")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    assert _register(Registry.open(uri), "after", "d1").version == 1
