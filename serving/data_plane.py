@@ -1,8 +1,8 @@
 """What carries HTTP to the ingress: HAProxy where its binary is installed, Ray Serve's own Python proxy elsewhere.
 
-Measured once on 2 busy cores (`GET` answered by the ingress / `POST` answered by a replica / 16 streams at once): Python
-proxy 9.6 ms / 17.5 ms / 990 events a second; HAProxy with its default switches 3.5 ms / 10.3 ms / 1,220; with nearly the
-switches below 4.5 ms / 11.7 ms / 1,360. HAProxy against Python is beyond the noise, the switches are not.
+Measured once on 2 busy cores (`GET` answered by the ingress / `POST` answered by a replica / 16 streams at once):
+Python proxy 9.6 ms / 17.5 ms / 990 events a second; HAProxy with its default switches 3.5 ms / 10.3 ms / 1,220; with
+nearly the switches below 4.5 ms / 11.7 ms / 1,360. HAProxy against Python is beyond the noise, the switches are not.
 
 Ray Serve reads its switches from the environment of its own processes. The controller is given them when it is created
 and hands them down, so the driver's environment plays no part and an existing cluster can be used as it is.
