@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +13,10 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from infra.cli.output import duration, figure
+
+if TYPE_CHECKING:
+    from pipelines.runner import Outcome
+    from pipelines.stage import Progress
 
 PLAIN_EVERY_SECONDS = 10.0
 
@@ -31,30 +34,6 @@ _SHOWN = {
 
 def _phrase(name: str, value: float) -> str:
     return f"{_SHOWN[name]} {figure(value)}"
-
-
-class _Progress(Protocol):
-    """`pipelines.stage.Progress`; named by shape, because importing it would load the pipelines."""
-
-    @property
-    def done(self) -> float: ...
-    @property
-    def total(self) -> float: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def figures(self) -> Mapping[str, float]: ...
-
-
-class _Outcome(Protocol):
-    """`pipelines.runner.Outcome`, by shape."""
-
-    @property
-    def status(self) -> str: ...
-    @property
-    def ref(self) -> str | None: ...
-    @property
-    def seconds(self) -> float: ...
 
 
 class RunProgress:
@@ -79,7 +58,7 @@ class RunProgress:
         )
         self._lock = threading.Lock()
         self._task: TaskID | None = None
-        self._first: _Progress | None = None
+        self._first: Progress | None = None
         self._began = self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -105,7 +84,7 @@ class RunProgress:
             else:
                 self._console.print(Text(f"{name}: started"))
 
-    def stage_progress(self, name: str, progress: _Progress) -> None:
+    def stage_progress(self, name: str, progress: Progress) -> None:
         """Moves the bar; off a terminal, a line if the last one is old enough."""
         position = f"{figure(progress.done)}/{figure(progress.total)} {progress.unit}"
         figures = "  ".join(_phrase(name, value) for name, value in progress.figures.items() if name in _SHOWN)
@@ -123,14 +102,14 @@ class RunProgress:
             self._last_line = now
             self._console.print(Text(f"{name}: {position}  {figures}{self._left(progress, now)}"))
 
-    def _left(self, progress: _Progress, now: float) -> str:
+    def _left(self, progress: Progress, now: float) -> str:
         """Time left by the pace since the first report; what an earlier run did, and starting up, is not pace."""
         gained = progress.done - (self._first or progress).done
         if gained <= 0:
             return ""
         return f"  left {duration((now - self._began) * (progress.total - progress.done) / gained)}"
 
-    def stage_finished(self, name: str, outcome: _Outcome) -> None:
+    def stage_finished(self, name: str, outcome: Outcome) -> None:
         """One lasting line for the stage."""
         with self._lock:
             if self._task is not None:

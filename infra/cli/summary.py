@@ -5,35 +5,14 @@ endpoint's answer, and the commands that go on from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from infra.cli.output import duration, figure, print_table, size
 
-
-class _Outcome(Protocol):
-    """`pipelines.runner.Outcome`, by shape."""
-
-    @property
-    def stage(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def ref(self) -> str | None: ...
-    @property
-    def seconds(self) -> float: ...
-    @property
-    def summary(self) -> Mapping[str, Any]: ...
-
-
-class _Report(Protocol):
-    """`pipelines.runner.RunReport`, by shape."""
-
-    @property
-    def outcomes(self) -> Sequence[_Outcome]: ...
+if TYPE_CHECKING:
+    from pipelines.runner import Outcome, RunReport
 
 
 def _count(noun: str) -> Callable[[Any], str]:
@@ -79,7 +58,11 @@ _FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
 """Of each kind's summary, what is worth a line, by dotted path."""
 
 
-def print_summary(report: _Report) -> None:
+_WIDTH = 90
+"""Characters of an example on its line."""
+
+
+def print_summary(report: RunReport) -> None:
     """Prints everything on standard output."""
     rows = [
         (o.stage, f"{o.status} in {duration(o.seconds)}", o.ref or "", ", ".join(_worth_saying(o)))
@@ -90,6 +73,9 @@ def print_summary(report: _Report) -> None:
     for outcome in report.outcomes:
         if outcome.kind == "evaluate":
             _print_scores(outcome.summary)
+            _print_examples(outcome.summary)
+        if outcome.kind == "register":
+            _print_gate(outcome.summary)
         if outcome.kind == "deploy":
             _print_answer(outcome.summary)
     registered = [o.summary for o in report.outcomes if o.kind == "register"]
@@ -97,7 +83,7 @@ def print_summary(report: _Report) -> None:
         _print_next(registered[-1])
 
 
-def _worth_saying(outcome: _Outcome) -> Iterator[str]:
+def _worth_saying(outcome: Outcome) -> Iterator[str]:
     for path, phrase in _FIGURES.get(outcome.kind, ()):
         value: Any = outcome.summary
         for key in path.split("."):
@@ -116,6 +102,33 @@ def _print_scores(summary: Mapping[str, Any]) -> None:
     ]
     typer.echo()
     print_table(("on held-out data", *(f"# {label}" for label in models), "# change"), rows)
+
+
+def _print_examples(summary: Mapping[str, Any]) -> None:
+    """The first answers of each task, one a line, with what they were scored against."""
+    labels = list(summary["models"])
+    seen: set[str] = set()
+    rows = []
+    for example in summary["examples"]:
+        if example["task"] not in seen:
+            seen.add(example["task"])
+            rows.append((f"asked ({example['task']})", _shortened(example["prompt"])))
+            rows.append(("expected", _shortened(example["reference"])))
+            rows.extend((label, _shortened(example["answers"][label]["text"])) for label in labels)
+    typer.echo()
+    print_table(("answers", ""), rows)
+
+
+def _shortened(text: str) -> str:
+    """`text` on one line, its middle left out if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH // 2]} ... {line[-_WIDTH // 2 :]}"
+
+
+def _print_gate(summary: Mapping[str, Any]) -> None:
+    gate = summary["gate"]
+    verdict = "passed" if gate["passed"] else "did not pass: not made champion"
+    typer.echo(f"\nGate {verdict}: {'; '.join(gate['reasons'])}")
 
 
 def _print_answer(summary: Mapping[str, Any]) -> None:
