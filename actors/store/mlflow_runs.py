@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_TAG = "ganymede.run"
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
+"""Has MLflow's page open on training runs; it would guess an experiment of prompts from our evaluation table."""
 _MAX_METRICS, _MAX_PARAMS, _MAX_DIGEST = 1000, 100, 36  # limits of MLflow's log_batch and dataset tables
 _REFUSALS = {
     "BAD_REQUEST",
@@ -168,7 +170,11 @@ class MlflowRuns:
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is not None:
             return str(experiment.experiment_id)
-        return str(self._client.create_experiment(self._experiment, artifact_location=self._artifact_location))
+        return str(
+            self._client.create_experiment(
+                self._experiment, artifact_location=self._artifact_location, tags={_KIND_TAG: _KIND}
+            )
+        )
 
     def _is_active(self, run_id: str) -> bool:
         try:
