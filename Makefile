@@ -17,7 +17,7 @@ demo: setup
 lint: setup
 	@$(BIN)/ruff format --check -q . && $(BIN)/ruff check -q .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-cache | tail -n 3
+	@$(BIN)/lint-imports --no-cache
 
 test: lint
 	@$(BIN)/python -m pytest -m "not slow and not gpu"
