@@ -258,14 +258,16 @@ class _Rooms:
         return rows
 
 
-def split_at_documents(pieces: Pieces, offsets: Ints) -> Pieces:
-    """The same tokens, in pieces that lie in one document each; `offsets` as of `best_fit_packing`."""
+def split_at(pieces: Pieces, offsets: Ints) -> Pieces:
+    """The same tokens, in pieces that do not cross any of `offsets`: the bounds, first and last included, of the
+    documents or shards that make up the stream.
+    """
     ends = pieces.begins + pieces.lengths
     first = np.searchsorted(offsets, pieces.begins, side="right") - 1
     counts = np.searchsorted(offsets, ends, side="left") - first
-    document = np.repeat(first, counts) + _ramps(counts)
-    begins = np.maximum(np.repeat(pieces.begins, counts), offsets[document])
-    lengths = np.minimum(np.repeat(ends, counts), offsets[document + 1]) - begins
+    run = np.repeat(first, counts) + _ramps(counts)
+    begins = np.maximum(np.repeat(pieces.begins, counts), offsets[run])
+    lengths = np.minimum(np.repeat(ends, counts), offsets[run + 1]) - begins
     columns = np.repeat(pieces.columns - pieces.begins, counts) + begins
     return Pieces(np.repeat(pieces.rows, counts), columns, begins, lengths)
 

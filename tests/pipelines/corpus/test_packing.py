@@ -16,7 +16,7 @@ from pipelines.corpus.packing import (
     best_fit_packing,
     describe_rows,
     document_packing,
-    split_at_documents,
+    split_at,
 )
 
 lengths_of_documents = st.lists(st.integers(1, 60), min_size=1, max_size=60)
@@ -29,7 +29,7 @@ def _offsets(lengths: list[int]) -> Ints:
 
 def _rows(packing: Packing, offsets: Ints) -> PackedRows:
     """Every row of a stream whose token at place p is p; padding is -1."""
-    pieces = split_at_documents(packing.pieces(np.arange(packing.rows)), offsets)
+    pieces = split_at(packing.pieces(np.arange(packing.rows)), offsets)
     tokens = np.full((packing.rows, packing.row_tokens + 1), -1, dtype=np.int64)
     for row, column, begin, length in zip(pieces.rows, pieces.columns, pieces.begins, pieces.lengths, strict=True):
         assert (tokens[row, column : column + length] == -1).all()
