@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from configs.schema.base import Config, Input, placement
 
@@ -32,15 +32,33 @@ class SplitConfig(Config):
 
 
 class TokenizerConfig(Config):
-    """Stage `tokenizer`: a byte-level BPE trained on the training split, with chat template and special tokens."""
+    """Stage `tokenizer`: trained on the training split, with chat template and special tokens; or an existing one."""
 
     kind: Literal["tokenizer"] = "tokenizer"
     source: SourceConfig
     split: SplitConfig = SplitConfig()
+    algorithm: Literal["bpe", "wordpiece", "unigram", "word"] = "bpe"
+    """`bpe` works on bytes and knows every text; `word` has a token for each of the most frequent words."""
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
-    """Entries in the vocabulary, the 256 bytes and the special tokens included."""
+    """Entries in the vocabulary, what the algorithm begins with and the special tokens included."""
     sample_bytes: Annotated[int, Field(ge=10_000)] = 8_000_000
-    """Text the merges are learned from, sampled by document hash."""
+    """Text the vocabulary is learned from, sampled by document hash."""
+    existing: str | None = placement(None)
+    """Folder with the tokenizer.json of a Hugging Face tokenizer, which is used as it is; `source` is then only what it
+    is measured on."""
+    end_of_text: str | None = None
+    """Token of an existing tokenizer that ends each document; its eos_token unless set."""
+    measured_on: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Further sources, by name, that the report tells the fit on."""
+
+    @model_validator(mode="after")
+    def _trained_or_existing(self) -> Self:
+        given = sorted(self.model_fields_set & {"algorithm", "vocab_size", "sample_bytes"})
+        if self.existing is not None and given:
+            raise ValueError(f"an existing tokenizer is not trained: leave out {', '.join(given)}, or existing")
+        if self.existing is None and self.end_of_text is not None:
+            raise ValueError("end_of_text is for an existing tokenizer: leave it out, or set existing")
+        return self
 
 
 class CorpusConfig(Config):
