@@ -3,8 +3,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import pytest
+from corpus_files import document_batch, write_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -14,36 +15,23 @@ from pipelines.corpus.mixture import Phase
 from pipelines.corpus.packing import Layout
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFiles
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_schema, token_column, write_split
+from pipelines.corpus.shards import CorpusIndex
 
 LENGTHS = [37, 250, 4, 91, 160, 33, 8, 120]
 TOKENS = sum(LENGTHS)
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 
-def write_corpus(folder: Path, stream: np.ndarray, lengths: list[int], *, contract: str = "c") -> Path:
+def _write(folder: Path, stream: npt.NDArray[np.uint16], lengths: list[int], *, contract: str = "c") -> Path:
     """A corpus of documents of `lengths` cut from `stream`, in shards of a bit more than 200 tokens."""
-    documents = np.split(stream, np.cumsum(lengths)[:-1])
-    columns = [
-        pa.array([str(i) for i in range(len(lengths))]),
-        pa.array([2 * n for n in lengths], pa.uint64()),
-        pa.array(["00"] * len(lengths)),
-        token_column(documents, "uint16"),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
-    record = write_split(folder, "train", [batch], shard_tokens=200)
-    index = CorpusIndex(
-        dtype="uint16", vocab_size=1 << 16, end_of_text_id=0, contract=contract, block_bytes=BLOCK_BYTES,
-        splits={"train": record},
-    )  # fmt: skip
-    (folder / INDEX).write_text(index.model_dump_json())
-    return folder
+    batch = document_batch(np.split(stream, np.cumsum(lengths)[:-1]))
+    return write_corpus(folder, {"train": batch}, contract=contract)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split whose token stream counts up from 0, over several shards."""
-    folder = write_corpus(tmp_path_factory.mktemp("corpus"), np.arange(TOKENS, dtype=np.uint16), LENGTHS)
+    folder = _write(tmp_path_factory.mktemp("corpus"), np.arange(TOKENS, dtype=np.uint16), LENGTHS)
     assert len(list(folder.glob("shards/*"))) > 2
     return folder
 
@@ -52,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another one, whose tokens count up from 10,000."""
     stream = np.arange(10_000, 10_900, dtype=np.uint16)
-    return write_corpus(tmp_path_factory.mktemp("other"), stream, [300, 20, 300, 280])
+    return _write(tmp_path_factory.mktemp("other"), stream, [300, 20, 300, 280])
 
 
 def _open(
@@ -223,7 +211,7 @@ def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, othe
 def test_a_mixture_of_what_does_not_go_together_is_an_error(corpus: Path, other: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="allowed: a, c"):
         _mix({"a": corpus, "c": other}, Phase(0, {"a": 1, "b": 1}))
-    stranger = write_corpus(tmp_path, np.arange(900, dtype=np.uint16), [900], contract="another")
+    stranger = _write(tmp_path, np.arange(900, dtype=np.uint16), [900], contract="another")
     with pytest.raises(ContractError, match="corpora a and b were made with different tokenizers"):
         _mix({"a": corpus, "b": stranger}, Phase(0, {"a": 1, "b": 1}))
 

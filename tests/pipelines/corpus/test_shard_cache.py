@@ -7,31 +7,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 import pytest
+from corpus_files import document_batch, write_corpus
 
 from configs.errors import ArtifactError, ConfigError, CorruptArtifactError, StorageError
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.shard_cache import ShardCache
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_schema, token_column, write_split
+from pipelines.corpus.shards import CorpusIndex
 
 
 @pytest.fixture
 def bucket(tmp_path: Path) -> Path:
     """A corpus of 10 shards of 1,000 tokens below `demo@1`."""
-    folder = tmp_path / "bucket/demo@1"
-    documents = list(np.arange(10_000, dtype=np.uint16).reshape(10, 1000))
-    columns = [
-        pa.array([str(i) for i in range(10)]),
-        pa.array([4000] * 10, pa.uint64()),
-        pa.array(["00"] * 10),
-        token_column(documents, "uint16"),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
-    record = write_split(folder, "train", [batch], shard_tokens=1000)
-    index = CorpusIndex(
-        dtype="uint16", vocab_size=1 << 16, end_of_text_id=0, contract="c", block_bytes=BLOCK_BYTES,
-        splits={"train": record},
-    )  # fmt: skip
-    (folder / INDEX).write_text(index.model_dump_json())
+    documents = np.arange(10_000, dtype=np.uint16).reshape(10, 1000)
+    write_corpus(tmp_path / "bucket/demo@1", {"train": document_batch(list(documents))}, shard_tokens=1000)
     return tmp_path / "bucket"
 
 
