@@ -54,7 +54,11 @@ def test_a_document_is_shown_with_its_text_tokens_and_origin(home: Path) -> None
 
 def test_without_a_document_splits_and_shortened_samples_are_shown(home: Path) -> None:
     shown = _run("inspect", "corpus/demo@1", "--sample", "2", "--row-tokens", "100")
-    assert next(line.split()[:3] for line in shown.splitlines() if line.startswith("train ")) == ["train", "2", "2,048"]
+    assert next(line.split()[:3] for line in shown.splitlines() if line.startswith("train ")) == [
+        "train",
+        "2",
+        f"{len(TEXT.encode()) + 2002:,}",
+    ]
     assert "... 1,400 more characters" in shown
     assert {"chunk", "best-fit", "document"} <= set(shown.split())
 
