@@ -9,17 +9,66 @@ from pydantic import BeforeValidator, Field, model_validator
 from configs.schema.base import Config, Input, placement
 
 
+class FieldsConfig(Config):
+    """Which field of a record (a key of JSON, a column of a table) is what."""
+
+    text: str = "text"
+    """The document; a field of text."""
+    id: str | None = None
+    """What the document is called where it comes from; kept beside its tokens, like the next two."""
+    source: str | None = None
+    """Where the document comes from."""
+    label: str | None = None
+    """Its class."""
+
+
+class CleaningConfig(Config):
+    """What is changed in the text of a document before anything else is done with it."""
+
+    normalize: Literal["auto", "nfc", "none"] = "auto"
+    """Unicode normal form; `auto` is NFC except for files that hold program source by their ending, whose bytes are
+    their meaning. Files left alone are also kept from `mojibake` and `controls`."""
+    mojibake: bool = True
+    """Repair text that was decoded with the wrong character set (`ftfy`), where its traces are found."""
+    controls: bool = True
+    """Remove control characters other than tab and line feed, lone carriage returns and byte-order marks; end lines
+    with a line feed."""
+    html: bool = False
+    """Take the visible text out of HTML."""
+    mask: tuple[Literal["email", "ip", "key"], ...] = ()
+    """Kinds of personal or secret data to replace by placeholders."""
+
+
+class FiltersConfig(Config):
+    """Which documents are good enough."""
+
+    min_bytes: Annotated[int, Field(ge=1)] = 1
+    """Shorter documents are dropped."""
+
+
 class SourceConfig(Config):
-    """Where raw text comes from: every matching file below `path` is one document."""
+    """Where raw text comes from, and which documents it holds."""
 
     path: str = placement(...)
-    """A file or folder; `python:stdlib` is the standard library of the running interpreter."""
-    include: tuple[str, ...] = ("*.py",)
-    """Glob patterns on the path relative to `path`; a file must match one."""
+    """A file, folder or glob, local or as a URI (`s3://`, `gs://`, `file://`, `hf://datasets/owner/name`);
+    `python:stdlib` is the standard library of the running interpreter."""
+    include: tuple[str, ...] | None = None
+    """Glob patterns on the path relative to `path`; a file must match one. Unset: `*.py` for `python:stdlib`, else
+    every file of which no part of the path begins with a dot."""
     exclude: tuple[str, ...] = ("site-packages/*", "*/__pycache__/*")
     """Glob patterns on the path relative to `path`; a file that matches one is left out."""
+    format: Literal["auto", "text", "lines", "paragraphs", "jsonl", "csv", "tsv", "parquet", "arrow"] = "auto"
+    """`text`: a file is a document; `lines`: a line is; `paragraphs`: blank lines end one. `auto` goes by the file's
+    ending (.jsonl, .ndjson, .csv, .tsv, .parquet, .arrow, .feather) and takes all others as `text`. A file that ends in
+    .gz or .zst is decompressed first."""
+    fields: FieldsConfig = FieldsConfig()
+    columns: tuple[str, ...] = ()
+    """Names of the columns of CSV and TSV files without a header line."""
+    cleaning: CleaningConfig = CleaningConfig()
+    filters: FiltersConfig = FiltersConfig()
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
-    """Share of files that may be unreadable (bad UTF-8, no permission) before the stage fails."""
+    """Share of records (broken, bad UTF-8), or of files (cut off, no permission) if that is more, that may be unusable
+    before the stage fails."""
 
 
 class SplitConfig(Config):
@@ -104,8 +153,8 @@ class CorpusConfig(Config):
     split: SplitConfig = SplitConfig()
     dedup: Annotated[DedupConfig | None, BeforeValidator(_off)] = None
     """Removal of duplicates, over both splits together; `off` unless given."""
-    span_bytes: Annotated[int, Field(ge=1 << 12)] = 1 << 20
-    """Text one Ray task encodes; part of the shard layout."""
+    span_bytes: Annotated[int, Field(ge=1 << 12)] | None = placement(None)
+    """Bytes of source that one Ray task encodes; a part of the source's size unless set. Decides no content."""
     shard_tokens: Annotated[int, Field(ge=1 << 10)] = 1 << 22
     """Tokens a shard file holds before the next begins."""
     max_in_flight: Annotated[int, Field(ge=1)] | None = placement(None)

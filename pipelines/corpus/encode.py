@@ -84,9 +84,11 @@ class Encoder:
         fast = gigatoken.Tokenizer.from_json(plain).encode if backend == "gigatoken" else None
         return cls(reference, fast, reference.get_vocab_size(), end_of_text_id)
 
-    def encode(self, text: str) -> Ids:
-        """The ids of `text`; no special token is added or recognised. One thread."""
-        return self.encode_exactly(text) if self._fast is None else self._fast(text.encode())
+    def encode(self, text: str | bytes) -> Ids:
+        """The ids of `text` (UTF-8 if bytes); no special token is added or recognised. One thread."""
+        if self._fast is None:
+            return self.encode_exactly(text if isinstance(text, str) else text.decode())
+        return self._fast(text.encode() if isinstance(text, str) else text)
 
     def encode_exactly(self, text: str) -> Ids:
         """The ids that `tokenizers` gives, whatever the backend."""

@@ -8,7 +8,7 @@ block when it is first read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -92,13 +92,17 @@ class CorpusIndex(_Record):
             ) from error
 
 
-def document_schema(dtype: str) -> pa.Schema:
-    """Columns of a shard: the document's name in the source, its size and blake3 there, and its tokens."""
+def document_schema(dtype: str, labels: Sequence[str] = ()) -> pa.Schema:
+    """Columns of a shard: the document's name in the source, the size and blake3 of its text, and its tokens.
+
+    `labels` are what the source says of a document beside: its id, where it is from, a label.
+    """
     return pa.schema(
         [
             pa.field("name", pa.string(), nullable=False),
             pa.field("size_bytes", pa.uint64(), nullable=False),
             pa.field("blake3", pa.string(), nullable=False),
+            *(pa.field(label, pa.string()) for label in labels),
             pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))),
         ]
     )

@@ -1,15 +1,15 @@
 """Spans: the unit of work and of resumption when documents are encoded.
 
-A span is a run of files, in the order of their names, of about `span_bytes`; the plan follows from the listing alone.
-Encoding a span reads, cleans, splits, encodes and writes in one pass, and ends with a commit record. Whatever was
-committed is never done again; the shards come from the committed parts in the order of the plan. So they have the same
-bytes for any number of workers, any order of completion and any kills.
+A span is a run of pieces of a source (`pipelines.corpus.pieces`). Encoding it reads, cleans, filters, splits, encodes
+and writes in one pass, and ends with a commit record. Whatever was committed is never done again; the shards come from
+the committed parts in the order of the plan. So they have the same bytes for any number of workers, any order of
+completion and any kills.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,20 +20,23 @@ from pydantic import BaseModel, ConfigDict
 from actors.store.artifacts import file_blake3, sync_file, sync_folder, write_durably
 from configs.artifacts import hash_json
 from configs.errors import StorageError
-from configs.schema.corpus import SplitConfig
-from pipelines.corpus.clean import Rejected, decode
-from pipelines.corpus.encode import CHECKED_FRACTION, Backend, process_encoder
+from configs.schema.corpus import SourceConfig, SplitConfig
+from pipelines.corpus.documents import Documents, Ledger, read_documents
+from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, process_encoder
+from pipelines.corpus.pieces import Piece
 from pipelines.corpus.shards import SPLITS, Tokens, document_schema, read_batch, token_column, write_batch
-from pipelines.corpus.sources import Listing, SourceFile, hash_fraction, is_validation
+from pipelines.corpus.sources import Listing, hash_fraction, is_validation
 
 
 @dataclass(frozen=True)
 class Span:
-    """Some files of a source, and all that is needed to encode them anywhere."""
+    """Some pieces of a source, and all that is needed to encode them anywhere."""
 
     number: int
     listing: Listing
-    """The source's root, and this span's files alone."""
+    """Where the source is; without its files."""
+    pieces: tuple[Piece, ...]
+    source: SourceConfig
     split: SplitConfig
     tokenizer: Path
     tokenizer_digest: str
@@ -45,39 +48,28 @@ class Span:
     @property
     def key(self) -> str:
         """What decides the part's content."""
-        files = [[f.name, f.blake3] for f in self.listing.files]
-        return hash_json([files, self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype])
+        pieces = [[p.file.name, p.file.blake3, p.begin, p.end] for p in self.pieces]
+        source = self.source.model_dump(mode="json", exclude={"path", "include", "exclude", "max_bad_fraction"})
+        return hash_json([pieces, source, self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of stored files that the span stands for."""
+        return sum(p.size_bytes for p in self.pieces)
 
 
 class Commit(BaseModel):
-    """Says that a span's parts are on disk, whole."""
+    """Says that a span's parts are on disk, whole, and what became of everything that was read for them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     parts: dict[str, str]
     """blake3 of each split's part."""
-    text_bytes: int
     tokens: int
-    empty: int
-    """Files without content; they become no document."""
-    rejected: tuple[Rejected, ...]
+    ledger: Ledger
     differing: tuple[str, ...]
     """Names of the documents that gigatoken and `tokenizers` encoded differently."""
-
-
-def plan_spans(files: Sequence[SourceFile], span_bytes: int) -> list[tuple[SourceFile, ...]]:
-    """Cuts `files` into runs that end with the file that reaches `span_bytes`."""
-    spans: list[tuple[SourceFile, ...]] = []
-    pending: list[SourceFile] = []
-    size = 0
-    for file in files:
-        pending.append(file)
-        size += file.size_bytes
-        if size >= span_bytes:
-            spans.append(tuple(pending))
-            pending, size = [], 0
-    return [*spans, tuple(pending)] if pending else spans
 
 
 def part_path(parts: Path, number: int, split: str) -> Path:
@@ -85,11 +77,15 @@ def part_path(parts: Path, number: int, split: str) -> Path:
     return parts / f"{number:06d}-{split}.arrow"
 
 
+def read_commit(parts: Path, number: int) -> Commit:
+    """The commit record of span `number`. Raises `FileNotFoundError` or `ValueError` if there is none."""
+    return Commit.model_validate_json((parts / f"{number:06d}.json").read_bytes())
+
+
 def load_commit(span: Span) -> Commit | None:
     """The commit record of a span that was encoded before; None if there is none, or its parts are not what it says."""
-    path = _commit_path(span)
     try:
-        commit = Commit.model_validate_json(path.read_bytes())
+        commit = read_commit(span.parts, span.number)
     except (FileNotFoundError, ValueError):
         return None
     paths = {split: part_path(span.parts, span.number, split) for split in commit.parts}
@@ -97,29 +93,37 @@ def load_commit(span: Span) -> Commit | None:
     return commit if whole and commit.key == span.key else None
 
 
-def _commit_path(span: Span) -> Path:
-    return span.parts / f"{span.number:06d}.json"
-
-
 @dataclass
 class _Part:
     """Documents of one split, gathered while a span is read."""
 
-    files: list[SourceFile] = field(default_factory=list)
+    columns: Documents = field(default_factory=Documents)
+    """Without texts."""
+    sizes: list[int] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
 
-    def batch(self, dtype: str) -> pa.RecordBatch:
+    def add(self, documents: Documents, rows: list[int], ids: list[Tokens]) -> None:
+        """Adds some rows of `documents`, whose tokens are `ids`."""
+        self.columns.extend(documents, rows)
+        self.sizes.extend(len(documents.texts[row]) for row in rows)
+        self.tokens.extend(ids)
+
+    def batch(self, span: Span) -> pa.RecordBatch:
+        """All of it as Arrow columns."""
+        labels = {"id": self.columns.ids, "source": self.columns.sources, "label": self.columns.labels}
+        mapped = [label for label in labels if getattr(span.source.fields, label) is not None]
         columns = [
-            pa.array([f.name for f in self.files], pa.string()),
-            pa.array([f.size_bytes for f in self.files], pa.uint64()),
-            pa.array([f.blake3 for f in self.files], pa.string()),
-            token_column(self.tokens, dtype),
+            pa.array(self.columns.names, pa.string()),
+            pa.array(self.sizes, pa.uint64()),
+            pa.array(self.columns.digests, pa.string()),
+            *(pa.array(labels[label], pa.string()) for label in mapped),
+            token_column(self.tokens, span.dtype),
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=document_schema(dtype))
+        return pa.RecordBatch.from_arrays(columns, schema=document_schema(span.dtype, mapped))
 
 
 def encode_span(span: Span) -> Commit:
-    """Reads, cleans, splits and encodes a span; writes its parts and, last, its commit record.
+    """Reads, cleans, filters, splits and encodes a span; writes its parts and, last, its commit record.
 
     Raises:
         DataError: a file changed since it was listed.
@@ -127,48 +131,49 @@ def encode_span(span: Span) -> Commit:
     """
     encoder = process_encoder(span.tokenizer, span.backend)
     parts: dict[str, _Part] = {split: _Part() for split in SPLITS}
-    rejected: list[Rejected] = []
+    ledger = Ledger()
     differing: list[str] = []
-    empty = 0
-    for file in span.listing.files:
-        text = decode(file.name, span.listing.read(file))
-        if isinstance(text, Rejected):
-            rejected.append(text)
-            continue
-        if not text:
-            empty += 1
-            continue
-        ids = encoder.encode(text)
-        if hash_fraction("check", file.blake3) < CHECKED_FRACTION and not encoder.agrees(text):
-            differing.append(file.name)
-        part = parts["validation" if is_validation(file, span.split) else "train"]
-        part.files.append(file)
-        part.tokens.append(np.append(ids.astype(span.dtype), np.array(encoder.end_of_text_id, dtype=span.dtype)))
-    return _commit(span, parts, empty, tuple(rejected), tuple(differing))
+    for documents in read_documents(span.listing, span.pieces, span.source, ledger):
+        encoded = _encode(documents, encoder, span.dtype)
+        held_out = [is_validation(digest, span.split) for digest in documents.digests]
+        for split, part in parts.items():
+            rows = [row for row, held in enumerate(held_out) if held == (split == "validation")]
+            part.add(documents, rows, [encoded[row] for row in rows])
+        differing.extend(_differing(documents, encoder))
+    return _commit(span, parts, ledger, tuple(differing))
 
 
-def _commit(
-    span: Span, parts: dict[str, _Part], empty: int, rejected: tuple[Rejected, ...], differing: tuple[str, ...]
-) -> Commit:
+def _encode(documents: Documents, encoder: Encoder, dtype: str) -> list[Tokens]:
+    """The tokens of each document, ended by end-of-text."""
+    end = np.array([encoder.end_of_text_id], dtype=dtype)
+    return [np.concatenate([encoder.encode(text).astype(dtype), end]) for text in documents.texts]
+
+
+def _differing(documents: Documents, encoder: Encoder) -> Iterator[str]:
+    """Names of those among the documents that are checked that the encoder's backends disagree on."""
+    for name, digest, text in zip(documents.names, documents.digests, documents.texts, strict=True):
+        if hash_fraction("check", digest) < CHECKED_FRACTION and not encoder.agrees(text.decode()):
+            yield name
+
+
+def _commit(span: Span, parts: dict[str, _Part], ledger: Ledger, differing: tuple[str, ...]) -> Commit:
     written = {}
     try:
         for split, part in parts.items():
             path = part_path(span.parts, span.number, split)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            write_batch(temporary, part.batch(span.dtype))
+            write_batch(temporary, part.batch(span))
             sync_file(temporary)
             written[split] = file_blake3(temporary)
             temporary.replace(path)
         commit = Commit(
             key=span.key,
             parts=written,
-            text_bytes=sum(f.size_bytes for part in parts.values() for f in part.files),
             tokens=sum(len(tokens) for part in parts.values() for tokens in part.tokens),
-            empty=empty,
-            rejected=rejected,
+            ledger=ledger,
             differing=differing,
         )
-        write_durably(_commit_path(span), commit.model_dump_json().encode())
+        write_durably(span.parts / f"{span.number:06d}.json", commit.model_dump_json().encode())
         sync_folder(span.parts)
     except OSError as error:
         raise StorageError(

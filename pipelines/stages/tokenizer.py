@@ -12,9 +12,10 @@ from actors.store.artifacts import Artifact
 from actors.text import CONTRACT, make_contract
 from configs.errors import DataError
 from configs.schema.corpus import SourceConfig, SplitConfig, TokenizerConfig
-from pipelines.corpus.clean import Rejected, decode
+from pipelines.corpus.account import Account
+from pipelines.corpus.documents import Ledger, sample_texts
 from pipelines.corpus.encode import Encoder, choose_backend
-from pipelines.corpus.sources import Listing, SourceFile, check_rejected, hash_fraction, is_validation, list_source
+from pipelines.corpus.sources import Listing, is_validation, list_source
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.corpus.vocabulary import (
     Fit,
@@ -76,12 +77,14 @@ def _folder(existing: str) -> Path:
 
 
 def _train(config: TokenizerConfig, listing: Listing, context: StageContext) -> dict[str, Any]:
-    rejected: list[Rejected] = [*listing.unreadable]
-    training = [f for f in listing.files if not is_validation(f, config.split)]
-    sample = list(_texts(listing, training, config.sample_bytes, rejected))
-    check_rejected(
-        len(rejected), len(listing.files) + len(listing.unreadable), config.source, next(iter(rejected), None)
+    ledger, account = Ledger(), Account()
+    wanted = sample_texts(
+        listing, config.source, "sample", config.sample_bytes, ledger, lambda d: not is_validation(d, config.split)
     )
+    sample = [text.decode() for text in wanted]
+    account.reject(listing.unreadable)
+    account.add(ledger)
+    account.check(len(listing.files) + len(listing.unreadable), config.source)
     if not sample:
         raise _no_text("to learn a tokenizer from", config.source)
     sample_bytes = sum(len(text.encode()) for text in sample)
@@ -103,13 +106,14 @@ def _fit(config: TokenizerConfig, listing: Listing, folder: Path) -> dict[str, A
     """How the tokenizer fits held-out text of each source, as its backend encodes it."""
     by_source: dict[str, Fit] = {}
     unknown = unknown_id(folder)
-    listings = {"source": listing, **{name: list_source(source) for name, source in config.measured_on.items()}}
+    sources = {"source": config.source, **config.measured_on}
     backend, _ = choose_backend(folder, [])
     encoder = Encoder.load(folder, backend)
-    for name, found in listings.items():
-        by_source[name] = measure(encoder, _held_out(found, config.split), unknown)
+    for name, source in sources.items():
+        found = listing if name == "source" else list_source(source)
+        by_source[name] = measure(encoder, _held_out(found, source, config.split), unknown)
         if not by_source[name].tokens:
-            raise _no_text(f"to measure a tokenizer on in {name}", config.measured_on.get(name, config.source))
+            raise _no_text(f"to measure a tokenizer on in {name}", source)
     return {
         "vocab_size": encoder.vocab_size,
         **by_source["source"].figures(),
@@ -118,21 +122,12 @@ def _fit(config: TokenizerConfig, listing: Listing, folder: Path) -> dict[str, A
     }
 
 
-def _held_out(listing: Listing, split: SplitConfig) -> Iterator[str]:
+def _held_out(listing: Listing, source: SourceConfig, split: SplitConfig) -> Iterator[str]:
     """Text of the validation split, or of all where that is empty."""
-    held_out = [f for f in listing.files if is_validation(f, split)]
-    return _texts(listing, held_out or list(listing.files), _MEASURED_BYTES, [])
-
-
-def _texts(listing: Listing, files: list[SourceFile], limit_bytes: int, rejected: list[Rejected]) -> Iterator[str]:
-    """Texts in the order of a hash of their content until they make `limit_bytes`; unusable files go to `rejected`."""
-    size = 0
-    for file in sorted(files, key=lambda f: (hash_fraction("sample", f.blake3), f.name)):
-        if size >= limit_bytes:
+    for wanted in (lambda digest: is_validation(digest, split), lambda digest: True):
+        found = False
+        for text in sample_texts(listing, source, "sample", _MEASURED_BYTES, Ledger(), wanted):
+            found = True
+            yield text.decode()
+        if found:
             return
-        text = decode(file.name, listing.read(file))
-        if isinstance(text, Rejected):
-            rejected.append(text)
-        elif text:
-            size += file.size_bytes
-            yield text

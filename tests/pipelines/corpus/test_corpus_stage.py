@@ -74,9 +74,8 @@ def test_every_document_is_in_its_split_once_and_comes_back(run: Run, source_fol
     context, summary = run("corpus", source_folder)
     listing = list_source(SourceConfig(path=str(source_folder)))
     for split in ("train", "validation"):
-        files = [
-            f for f in listing.files if is_validation(f, SplitConfig(validation_fraction=0.2)) == (split != "train")
-        ]
+        config = SplitConfig(validation_fraction=0.2)
+        files = [f for f in listing.files if is_validation(f.blake3, config) == (split != "train")]
         expected = [text for f in files if (text := listing.read(f).decode())]
         assert list(_texts(context.out, tokenizer.path, split)) == expected
         assert summary[split]["documents"] == len(expected)
