@@ -139,6 +139,26 @@ class DedupConfig(Config):
         return self
 
 
+class EvaluationSetConfig(SourceConfig):
+    """An evaluation set that training documents must not hold passages of."""
+
+    texts: Annotated[tuple[str, ...], Field(min_length=1)] = ("text",)
+    """Fields of a record that are checked, each as an item of its own; `fields.text` is not used."""
+
+
+class ContaminationConfig(Config):
+    """What a training document may not share with an evaluation set."""
+
+    sets: dict[str, EvaluationSetConfig] = Field(default_factory=dict)
+    """Evaluation sets in files, by name."""
+    words: Annotated[int, Field(ge=5, le=64)] = 13
+    """Words in a row that make an overlap."""
+    shortest_words: Annotated[int, Field(ge=3, le=64)] = 8
+    """Items of fewer than `words` words are looked for whole if they have this many; shorter ones are not."""
+    action: Literal["drop", "refuse"] = "drop"
+    """Drop overlapping documents of the training split, or fail at the first."""
+
+
 def _off(value: Any) -> Any:
     """`off` in a recipe, which YAML reads as False."""
     return None if value in (False, "off") else value
@@ -153,6 +173,9 @@ class CorpusConfig(Config):
     split: SplitConfig = SplitConfig()
     dedup: Annotated[DedupConfig | None, BeforeValidator(_off)] = None
     """Removal of duplicates, over both splits together; `off` unless given."""
+    contamination: ContaminationConfig = ContaminationConfig()
+    evaluation_data: dict[str, Input] = Field(default_factory=dict)
+    """Datasets of the recipe or of the store, by name, whose held-out pairs are evaluation sets too."""
     span_bytes: Annotated[int, Field(ge=1 << 12)] | None = placement(None)
     """Bytes of source that one Ray task encodes; a part of the source's size unless set. Decides no content."""
     shard_tokens: Annotated[int, Field(ge=1 << 10)] = 1 << 22

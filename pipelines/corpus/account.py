@@ -53,6 +53,11 @@ class Account:
         for reason, shown in ledger.examples.items():
             self.examples[reason] = lowest_examples([*self.examples.get(reason, ()), *shown])
 
+    def leave_out(self, dropped: Mapping[str, int]) -> None:
+        """Moves documents, counted by reason, from those that are kept to those that are dropped."""
+        self.documents -= sum(dropped.values())
+        self.drops.update(dropped)
+
     def summary(self) -> Mapping[str, Any]:
         """The figures for a report; the same for any number and order of spans."""
         return {

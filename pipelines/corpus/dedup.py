@@ -13,7 +13,7 @@ less like each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ import xxhash
 from rensa import RMinHash
 
 from configs.schema.corpus import DedupConfig, NearConfig
-from pipelines.corpus.shards import SPLITS, read_batch
+from pipelines.corpus.shards import SPLITS, Split, read_batch
 from pipelines.corpus.shingles import Hashes, fold, ngrams, word_hashes
 from pipelines.corpus.tasks import run_bounded
 
@@ -69,9 +69,9 @@ class Fingerprints:
         self._pending_grams = 0
         self._bands: list[Hashes] = []
 
-    def add(self, text: bytes, split: str) -> None:
+    def add(self, text: bytes, split: Split) -> None:
         """Takes the span's next document, UTF-8."""
-        self._splits.append(SPLITS.index("train" if split == "train" else "validation"))
+        self._splits.append(SPLITS.index(split))
         if self._config.exact:
             self._exact.append(divmod(xxhash.xxh3_128_intdigest(text), 1 << 64))
         if self._config.near is not None:
@@ -212,11 +212,3 @@ def _joins(files: tuple[Path, ...], starts: tuple[int, ...], config: DedupConfig
     for kind, width in key_kinds(config).items():
         for first, end in pairwise(bounds):
             yield _Join(files, starts[:-1], kind, width, first, end - 1)
-
-
-def without_rows(batch: pa.RecordBatch, fingerprints: Path, split: str, rows: Iterable[int]) -> pa.RecordBatch:
-    """The part of a span for `split` without the documents in `rows` (numbered over both splits)."""
-    splits = read_batch(fingerprints).column("split").to_numpy()
-    stays = np.ones(len(splits), dtype=bool)
-    stays[list(rows)] = False
-    return batch.filter(pa.array(stays[splits == SPLITS.index("train" if split == "train" else "validation")]))

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from configs.errors import ArtifactError, CorruptArtifactError
 
 INDEX = "index.json"
 BLOCK_BYTES = 1 << 18
-SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -52,6 +53,21 @@ class SplitRecord(_Record):
     shards: tuple[ShardRecord, ...]
 
 
+class CheckedSet(_Record):
+    """An evaluation set that the training documents were compared with."""
+
+    digest: str
+    """Of its content, and of how it was read."""
+    items: int
+    unchecked_items: int
+    """Too short to be told from any text."""
+    ngrams: int
+    words: int
+    """In an n-gram."""
+    dropped: int = 0
+    """Training documents that held one of its passages and are not in the corpus."""
+
+
 class CorpusIndex(_Record):
     """What a reader of the shards has to know."""
 
@@ -63,6 +79,8 @@ class CorpusIndex(_Record):
     """Hash of the text contract the tokens were made with."""
     block_bytes: int
     splits: dict[str, SplitRecord]
+    checked: dict[str, CheckedSet] = Field(default_factory=dict)
+    """By name. Of any other evaluation set it is not known whether the corpus holds it."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:

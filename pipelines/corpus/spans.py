@@ -20,12 +20,16 @@ from pydantic import BaseModel, ConfigDict
 from actors.store.artifacts import file_blake3, sync_file, sync_folder, write_durably
 from configs.artifacts import hash_json
 from configs.errors import StorageError
-from configs.schema.corpus import SourceConfig, SplitConfig
+from configs.schema.corpus import DedupConfig, SourceConfig, SplitConfig
+from pipelines.corpus.contamination import Registered, drop_overlapping, process_gate
+from pipelines.corpus.dedup import Fingerprints
 from pipelines.corpus.documents import Documents, Ledger, read_documents
 from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, process_encoder
 from pipelines.corpus.pieces import Piece
-from pipelines.corpus.shards import SPLITS, Tokens, document_schema, read_batch, token_column, write_batch
+from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_column, write_batch
 from pipelines.corpus.sources import Listing, hash_fraction, is_validation
+
+FINGERPRINTS = "fingerprints"
 
 
 @dataclass(frozen=True)
@@ -44,13 +48,20 @@ class Span:
     dtype: str
     parts: Path
     """Folder of parts and commit records."""
+    dedup: DedupConfig | None = None
+    """What its documents are fingerprinted for."""
+    evaluation: Registered | None = None
+    """Evaluation sets that its training documents may not overlap with."""
 
     @property
     def key(self) -> str:
         """What decides the part's content."""
         pieces = [[p.file.name, p.file.blake3, p.begin, p.end] for p in self.pieces]
         source = self.source.model_dump(mode="json", exclude={"path", "include", "exclude", "max_bad_fraction"})
-        return hash_json([pieces, source, self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype])
+        dedup = None if self.dedup is None else self.dedup.model_dump()
+        evaluation = None if self.evaluation is None else self.evaluation.digest
+        encoding = [self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype]
+        return hash_json([pieces, source, *encoding, dedup, evaluation])
 
     @property
     def size_bytes(self) -> int:
@@ -65,16 +76,16 @@ class Commit(BaseModel):
 
     key: str
     parts: dict[str, str]
-    """blake3 of each split's part."""
+    """blake3 of each split's part, and of the fingerprints where there are any."""
     tokens: int
     ledger: Ledger
     differing: tuple[str, ...]
     """Names of the documents that gigatoken and `tokenizers` encoded differently."""
 
 
-def part_path(parts: Path, number: int, split: str) -> Path:
-    """Where the part of span `number` for `split` is."""
-    return parts / f"{number:06d}-{split}.arrow"
+def part_path(parts: Path, number: int, name: str) -> Path:
+    """Where the part of span `number` is: a split's, or `FINGERPRINTS`."""
+    return parts / f"{number:06d}-{name}.arrow"
 
 
 def read_commit(parts: Path, number: int) -> Commit:
@@ -130,17 +141,23 @@ def encode_span(span: Span) -> Commit:
         StorageError: the parts cannot be written.
     """
     encoder = process_encoder(span.tokenizer, span.backend)
+    gate = None if span.evaluation is None else process_gate(span.evaluation)
+    fingerprints = None if span.dedup is None else Fingerprints(span.dedup)
     parts: dict[str, _Part] = {split: _Part() for split in SPLITS}
     ledger = Ledger()
     differing: list[str] = []
     for documents in read_documents(span.listing, span.pieces, span.source, ledger):
         encoded = _encode(documents, encoder, span.dtype)
         held_out = [is_validation(digest, span.split) for digest in documents.digests]
+        kept = range(len(held_out)) if gate is None else drop_overlapping(documents, held_out, gate, ledger)
+        if fingerprints is not None:
+            for row in kept:
+                fingerprints.add(documents.texts[row], "validation" if held_out[row] else "train")
         for split, part in parts.items():
-            rows = [row for row, held in enumerate(held_out) if held == (split == "validation")]
+            rows = [row for row in kept if held_out[row] == (split == "validation")]
             part.add(documents, rows, [encoded[row] for row in rows])
         differing.extend(_differing(documents, encoder))
-    return _commit(span, parts, ledger, tuple(differing))
+    return _commit(span, parts, fingerprints, ledger, tuple(differing))
 
 
 def _encode(documents: Documents, encoder: Encoder, dtype: str) -> list[Tokens]:
@@ -156,15 +173,24 @@ def _differing(documents: Documents, encoder: Encoder) -> Iterator[str]:
             yield name
 
 
-def _commit(span: Span, parts: dict[str, _Part], ledger: Ledger, differing: tuple[str, ...]) -> Commit:
+def _commit(
+    span: Span,
+    parts: dict[str, _Part],
+    fingerprints: Fingerprints | None,
+    ledger: Ledger,
+    differing: tuple[str, ...],
+) -> Commit:
+    batches = {split: part.batch(span) for split, part in parts.items()}
+    if fingerprints is not None:
+        batches[FINGERPRINTS] = fingerprints.batch()
     written = {}
     try:
-        for split, part in parts.items():
-            path = part_path(span.parts, span.number, split)
+        for name, batch in batches.items():
+            path = part_path(span.parts, span.number, name)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            write_batch(temporary, part.batch(span))
+            write_batch(temporary, batch)
             sync_file(temporary)
-            written[split] = file_blake3(temporary)
+            written[name] = file_blake3(temporary)
             temporary.replace(path)
         commit = Commit(
             key=span.key,
@@ -181,9 +207,3 @@ def _commit(span: Span, parts: dict[str, _Part], ledger: Ledger, differing: tupl
             next_step="free disk space or mend the permissions, then run the same command: committed spans are kept",
         ) from error
     return commit
-
-
-def committed_documents(parts: Path, spans: int, split: str) -> Iterator[pa.RecordBatch]:
-    """The documents of a split, span by span in the order of the plan."""
-    for number in range(spans):
-        yield read_batch(part_path(parts, number, split))

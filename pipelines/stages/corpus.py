@@ -17,12 +17,15 @@ from configs.artifacts import TextContract
 from configs.errors import ContractError, DataError
 from configs.schema.corpus import CorpusConfig
 from pipelines.corpus.account import Account
+from pipelines.corpus.contamination import Registered, evaluation_sets, register, set_digest, settle
 from pipelines.corpus.documents import Ledger, sample_texts
 from pipelines.corpus.encode import Backend, Encoder, choose_backend
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CorpusIndex, write_split
+from pipelines.corpus.report import Tally, metrics, render
+from pipelines.corpus.selection import Selection
+from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CheckedSet, CorpusIndex, write_split
 from pipelines.corpus.sources import Listing, Rejected, check_unchanged, list_source
-from pipelines.corpus.spans import Commit, Span, committed_documents, encode_span, load_commit, read_commit
+from pipelines.corpus.spans import Commit, Span, encode_span, load_commit, read_commit
 from pipelines.corpus.tasks import run_bounded
 from pipelines.stage import Progress, StageContext
 
@@ -38,8 +41,9 @@ class CorpusStage:
     code_version: ClassVar[int] = 2
 
     def sources(self, config: CorpusConfig) -> Mapping[str, str]:
-        """Digest of the source."""
-        return {"source": list_source(config.source).digest}
+        """Digests of the source and of the evaluation sets in files."""
+        sets = {f"contamination.{name}": set_digest(one) for name, one in config.contamination.sets.items()}
+        return {"source": list_source(config.source).digest, **sets}
 
     def run(self, config: CorpusConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
         """Writes shards, index, report and quarantine. Ray must be initialised.
@@ -55,22 +59,31 @@ class CorpusStage:
         contract = _read_contract(tokenizer.path)
         sample = sample_texts(listing, config.source, "probe", _SAMPLE_BYTES, Ledger())
         backend, reason = choose_backend(tokenizer.path, (text.decode() for text in sample))
-        encoded = _encode(config, listing, tokenizer, backend, context)
+        sets = evaluation_sets(config, inputs)
+        evaluation = register(sets, config.contamination, context.work / "evaluation.arrow") if sets else None
+        encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
         if encoded.differing is not None:
             backend, reason = "tokenizers", f"gigatoken encoded {encoded.differing} differently"
-            encoded = _encode(config, listing, tokenizer, backend, context)
+            encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
         check_unchanged(listing, config.source)
         parts = _parts(context, backend)
         account = _account(listing, parts, encoded.spans, context.out / "quarantine.jsonl")
         files = len(listing.files) + len(listing.unreadable)
         account.check(files, config.source)
+        checked = settle(evaluation, account, config.contamination)
+        selection = Selection.make(parts, encoded.spans, config.dedup)
+        account.leave_out(selection.dropped)
 
         context.check_lease()
-        index = _merge(config, tokenizer.path, contract, parts, encoded.spans, context.out)
+        tally = Tally()
+        index = _merge(config, tokenizer.path, contract, selection, tally, checked, context.out)
         report = {
             "source_digest": listing.digest,
             "files": files,
             **account.summary(),
+            **tally.figures(),
+            "duplicates": selection.figures(),
+            "contamination": {name: one.model_dump() for name, one in checked.items()},
             "vocab_size": index.vocab_size,
             **{
                 split: {
@@ -84,6 +97,9 @@ class CorpusStage:
             },
         }
         (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+        (context.out / "report.html").write_text(render(report), encoding="utf-8")
+        context.run.log_file(context.out / "report.html")
+        context.run.log_metrics(metrics(report), step=0)
         for split, s in index.splits.items():
             profile = {"documents": s.documents, "tokens": s.tokens, "text_bytes": s.text_bytes}
             context.run.log_dataset(
@@ -131,7 +147,12 @@ class _Done:
 
 
 def _encode(
-    config: CorpusConfig, listing: Listing, tokenizer: Artifact, backend: Backend, context: StageContext
+    config: CorpusConfig,
+    listing: Listing,
+    tokenizer: Artifact,
+    backend: Backend,
+    evaluation: Registered | None,
+    context: StageContext,
 ) -> _Encoded:
     """Encodes what is not committed yet.
 
@@ -143,7 +164,7 @@ def _encode(
     first = Span(
         number=0, listing=replace(listing, files=(), unreadable=()), pieces=(), source=config.source,
         split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest, backend=backend,
-        dtype=_dtype(vocab_size), parts=parts,
+        dtype=_dtype(vocab_size), parts=parts, dedup=config.dedup, evaluation=evaluation,
     )  # fmt: skip
     plan = plan_spans(listing, config.source, config.span_bytes or choose_span_bytes(listing.size_bytes))
     spans = [replace(first, number=n, pieces=pieces) for n, pieces in enumerate(plan)]
@@ -205,13 +226,19 @@ def _dtype(vocab_size: int) -> str:
 
 
 def _merge(
-    config: CorpusConfig, tokenizer: Path, contract: TextContract, parts: Path, spans: int, out: Path
+    config: CorpusConfig,
+    tokenizer: Path,
+    contract: TextContract,
+    selection: Selection,
+    tally: Tally,
+    checked: dict[str, CheckedSet],
+    out: Path,
 ) -> CorpusIndex:
-    """Writes the shards and the index from the committed parts."""
+    """Writes the shards and the index from what was selected of the committed parts."""
     encoder = Encoder.load(tokenizer, "tokenizers")
     splits = {}
     for split in SPLITS:
-        record = write_split(out, split, committed_documents(parts, spans, split), config.shard_tokens)
+        record = write_split(out, split, tally.count(selection.documents(split)), config.shard_tokens)
         if not record.documents:
             raise DataError(
                 f"no document of the source is in split {split}",
@@ -227,6 +254,7 @@ def _merge(
         contract=contract.hash,
         block_bytes=BLOCK_BYTES,
         splits=splits,
+        checked=checked,
     )
     write_durably(out / INDEX, index.model_dump_json(indent=1).encode() + b"\n")
     return index
