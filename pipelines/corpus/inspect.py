@@ -19,6 +19,9 @@ from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFolder, TokenStream
 from pipelines.corpus.shards import CorpusIndex
 
+_DIGITS = 8
+"""Least digits of a hash that stand for a document."""
+
 
 @dataclass(frozen=True)
 class Token:
@@ -82,7 +85,7 @@ class Inspector:
         return cls(index, streams, opened)
 
     def find(self, identifier: str) -> InspectedDocument:
-        """The document called `identifier`: `split/number`, its name in the source, or the start of its blake3.
+        """The document called `identifier`: `split/number`, its name or id in the source, or the start of its blake3.
 
         Raises:
             DataError: there is none.
@@ -95,7 +98,7 @@ class Inspector:
         if not found:
             raise DataError(
                 "the corpus has no such document", received=identifier,
-                allowed="split/number, a name in the source, or the first 8 or more digits of a blake3",
+                allowed="split/number, a name or id in the source, or the first 8 digits or more of a blake3",
                 next_step="ganymede corpus inspect ARTIFACT --sample 5 shows some",
             )  # fmt: skip
         if len(found) > 1:
@@ -148,8 +151,8 @@ class Inspector:
             first = 0
             for shard, record in enumerate(stream.record.shards):
                 batch = stream.reader(shard).documents()
-                names, hashes = batch.column("name").to_pylist(), batch.column("blake3").to_pylist()
-                for row, (name, digest) in enumerate(zip(names, hashes, strict=True)):
-                    if name == identifier or (len(identifier) >= 8 and digest.startswith(identifier)):
+                names = [batch.column(name).to_pylist() for name in ("name", "id") if name in batch.schema.names]
+                for row, (digest, *called) in enumerate(zip(batch.column("blake3").to_pylist(), *names, strict=True)):
+                    if identifier in called or (len(identifier) >= _DIGITS and digest.startswith(identifier)):
                         yield split, first + row
                 first += record.documents

@@ -17,21 +17,22 @@ from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_sc
 END_OF_TEXT = "<|endoftext|>"
 
 
-def document_batch(documents: Sequence[Any], texts: Sequence[bytes] | None = None) -> pa.RecordBatch:
+def document_batch(
+    documents: Sequence[Any], texts: Sequence[bytes] | None = None, ids: Sequence[str] = ()
+) -> pa.RecordBatch:
     """Documents of uint16 tokens, named `0.txt`, `1.txt` and so on, two bytes a token unless `texts` say."""
     known = {
         "name": [f"{i}.txt" for i in range(len(documents))],
         "size_bytes": [len(t) for t in texts] if texts else [2 * len(d) for d in documents],
         "blake3": [blake3.blake3(t).hexdigest() for t in texts] if texts else ["00"] * len(documents),
+        "id": list(ids),
     }
-    columns = []
-    for field in document_schema("uint16"):
-        if field.name == "tokens":
-            columns.append(token_column(list(documents), "uint16"))
-        else:
-            blank = [""] if pa.types.is_string(field.type) else [0]
-            columns.append(pa.array(known.get(field.name, blank * len(documents)), field.type))
-    return pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
+    schema = document_schema("uint16", ["id"] if ids else [])
+    columns = [
+        token_column(list(documents), "uint16") if field.name == "tokens" else pa.array(known[field.name], field.type)
+        for field in schema
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def write_corpus(

@@ -1,8 +1,9 @@
 from pathlib import Path
 
 import blake3
+import numpy as np
 import pytest
-from corpus_files import END_OF_TEXT, write_byte_tokenizer, write_text_corpus
+from corpus_files import END_OF_TEXT, document_batch, write_byte_tokenizer, write_corpus, write_text_corpus
 
 from configs.errors import ContractError, DataError, InputError
 from pipelines.corpus.inspect import Inspector
@@ -41,6 +42,15 @@ def test_a_document_is_found_by_number_name_or_hash(inspector: Inspector) -> Non
     for identifier in ("train/13", "none.txt", digest[:7], "test/0"):
         with pytest.raises(DataError, match="no such document"):
             inspector.find(identifier)
+
+
+def test_a_document_is_found_by_the_id_its_source_gave_it(tmp_path: Path) -> None:
+    tokenizer = write_byte_tokenizer(tmp_path / "tokenizer")
+    ids = [np.array([*tokenizer.encode(text).ids, 0], dtype=np.uint16) for text in ("one", "two")]
+    batch = document_batch(ids, [b"one", b"two"], ["ENG1/0", "ENG1/1"])
+    corpus = write_corpus(tmp_path / "corpus", {"train": batch}, vocab_size=257)
+    found = Inspector.open(corpus, tmp_path / "tokenizer").find("ENG1/1")
+    assert (found.text, found.origin["id"]) == ("two", "ENG1/1")
 
 
 def test_a_sample_is_the_same_every_time(inspector: Inspector) -> None:
