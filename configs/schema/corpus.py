@@ -156,7 +156,13 @@ class ContaminationConfig(Config):
     shortest_words: Annotated[int, Field(ge=3, le=64)] = 8
     """Items of fewer than `words` words are looked for whole if they have this many; shorter ones are not."""
     action: Literal["drop", "refuse"] = "drop"
-    """Drop overlapping documents of the training split, or fail at the first."""
+    """Drop overlapping documents of the training split, or fail and name one."""
+
+    @model_validator(mode="after")
+    def _shortest_is_shorter(self) -> Self:
+        if self.shortest_words > self.words:
+            raise ValueError(f"shortest_words is {self.shortest_words}; allowed: at most words, {self.words}")
+        return self
 
 
 def _off(value: Any) -> Any:

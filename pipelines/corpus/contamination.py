@@ -27,14 +27,14 @@ from pipelines.corpus.account import Account
 from pipelines.corpus.documents import Documents, Ledger, read_documents
 from pipelines.corpus.pieces import plan_spans
 from pipelines.corpus.shards import CheckedSet, read_batch, write_batch
-from pipelines.corpus.shingles import Hashes, ngrams_of_sizes, split_words, word_hashes
+from pipelines.corpus.shingles import Hashes, lengthen, runs, split_words, word_hashes
 from pipelines.corpus.sources import list_source
 
 HELD_OUT = "heldout.jsonl"
 _LISTING_BYTES = 1 << 40
 """An evaluation set is read in one go."""
-_FILTER_BITS = 22
-"""Hashes are looked up in a table of that many bits first; most n-grams of a corpus end there."""
+_FILTER_BITS = 24
+"""Of the hash of an n-gram's first words, that are looked up first; most of a corpus ends there."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def register(sets: Mapping[str, EvaluationSetConfig], config: ContaminationConfi
     checked: dict[str, CheckedSet] = {}
     tables: list[pa.Table] = []
     for number, name in enumerate(sorted(sets)):
-        by_size: dict[int, list[Hashes]] = {}
+        found: dict[int, list[Hashes]] = {}
         items = unchecked = 0
         for text in _texts(sets[name]):
             words = word_hashes(text)
@@ -93,33 +93,38 @@ def register(sets: Mapping[str, EvaluationSetConfig], config: ContaminationConfi
             if size < config.shortest_words:
                 unchecked += 1
             else:
-                by_size.setdefault(size, []).append(ngrams_of_sizes(words, (size,))[size])
-        grams = {size: np.unique(np.concatenate(found)) for size, found in sorted(by_size.items())}
-        if not grams:
+                starts = np.arange(len(words) - size + 1)
+                first = runs(words, config.shortest_words)[: len(starts)]
+                grams = np.stack([first, lengthen(first, words, starts, config.shortest_words, size)])
+                found.setdefault(size, []).append(grams)
+        by_size = {size: np.unique(np.concatenate(grams, axis=1), axis=1) for size, grams in sorted(found.items())}
+        if not by_size:
             raise DataError(
                 f"evaluation set {name} has no item that a document can be checked against",
                 received=f"{items} items, all shorter than {config.shortest_words} words",
                 allowed="a set with longer items, or a smaller contamination.shortest_words",
                 next_step="see that its `texts` name the fields that hold the text",
             )
-        tables += [_table(hashes, size, number) for size, hashes in grams.items()]
+        tables += [_table(grams, size, number) for size, grams in by_size.items()]
         checked[name] = CheckedSet(
             digest=set_digest(sets[name]),
             items=items,
             unchecked_items=unchecked,
-            ngrams=sum(map(len, grams.values())),
+            ngrams=sum(grams.shape[1] for grams in by_size.values()),
             words=config.words,
         )
     batch = pa.concat_tables(tables).combine_chunks().to_batches()[0]
-    write_batch(path, batch.replace_schema_metadata({"sets": "\0".join(sorted(sets))}))
+    metadata = {"sets": "\0".join(sorted(sets)), "shortest_words": str(config.shortest_words)}
+    write_batch(path, batch.replace_schema_metadata(metadata))
     return Registered(path, checked)
 
 
-def _table(hashes: Hashes, size: int, number: int) -> pa.Table:
-    count = len(hashes)
+def _table(grams: Hashes, size: int, number: int) -> pa.Table:
+    count = grams.shape[1]
     return pa.table(
         {
-            "hash": pa.array(hashes),
+            "first": pa.array(grams[0]),
+            "hash": pa.array(grams[1]),
             "words": pa.array(np.full(count, size, dtype=np.uint8)),
             "set": pa.array(np.full(count, number, dtype=np.uint16)),
         }
@@ -154,10 +159,18 @@ class Overlap:
 class Gate:
     """Looks documents up in the fingerprints of the registered sets."""
 
-    def __init__(self, names: Sequence[str], by_size: Mapping[int, tuple[Hashes, npt.NDArray[np.uint16]]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        by_size: Mapping[int, tuple[Hashes, npt.NDArray[np.uint16]]],
+        shortest_words: int,
+        firsts: Hashes,
+    ) -> None:
         self._names = names
         self._by_size = by_size
-        self._filters = {size: _filter(hashes) for size, (hashes, _) in by_size.items()}
+        self._shortest_words = shortest_words
+        self._occurs = np.zeros(1 << _FILTER_BITS, dtype=bool)
+        self._occurs[firsts >> np.uint64(64 - _FILTER_BITS)] = True
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -170,19 +183,24 @@ class Gate:
             chosen = np.flatnonzero(sizes == size)
             chosen = chosen[np.lexsort((numbers[chosen], hashes[chosen]))]
             by_size[size] = (hashes[chosen], numbers[chosen])
-        return cls(batch.schema.metadata[b"sets"].decode().split("\0"), by_size)
+        metadata = batch.schema.metadata
+        names = metadata[b"sets"].decode().split("\0")
+        return cls(names, by_size, int(metadata[b"shortest_words"]), batch.column("first").to_numpy())
 
     def overlap(self, text: bytes) -> Overlap | None:
         """The first passage that `text` (UTF-8) shares with a set, longest n-grams first; None if there is none."""
-        every = ngrams_of_sizes(word_hashes(text), self._by_size)
-        for size, grams in sorted(every.items(), reverse=True):
+        words = word_hashes(text)
+        firsts = runs(words, self._shortest_words)
+        likely = np.flatnonzero(self._occurs[firsts >> np.uint64(64 - _FILTER_BITS)])
+        for size in sorted(self._by_size, reverse=True):
             hashes, numbers = self._by_size[size]
-            likely = np.flatnonzero(self._filters[size][grams >> np.uint64(64 - _FILTER_BITS)])
-            places = np.minimum(np.searchsorted(hashes, grams[likely]), len(hashes) - 1)
-            found = np.flatnonzero(hashes[places] == grams[likely])
+            starts = likely[likely <= len(words) - size]
+            grams = lengthen(firsts[starts], words, starts, self._shortest_words, size)
+            places = np.minimum(np.searchsorted(hashes, grams), len(hashes) - 1)
+            found = np.flatnonzero(hashes[places] == grams)
             if len(found):
-                first = int(likely[found[0]])
-                passage = " ".join(split_words(text.decode())[first : first + size])
+                begin = int(starts[found[0]])
+                passage = " ".join(split_words(text.decode())[begin : begin + size])
                 return Overlap(self._names[int(numbers[places[found[0]]])], passage)
         return None
 
@@ -226,13 +244,6 @@ def settle(registered: Registered | None, account: Account, config: Contaminatio
             next_step="leave the documents out (source.exclude), or set contamination.action to drop",
         )
     return {name: checked.model_copy(update={"dropped": dropped[name]}) for name, checked in registered.sets.items()}
-
-
-def _filter(hashes: Hashes) -> npt.NDArray[np.bool_]:
-    """Which leading bits occur."""
-    table = np.zeros(1 << _FILTER_BITS, dtype=bool)
-    table[hashes >> np.uint64(64 - _FILTER_BITS)] = True
-    return table
 
 
 def process_gate(registered: Registered) -> Gate:

@@ -8,7 +8,6 @@ over the bytes of a text: no Python object a word.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from functools import lru_cache
 from typing import Final
 
@@ -67,24 +66,28 @@ def _powers(count: int) -> tuple[Hashes, Hashes]:
 
 
 def ngrams(words: Hashes, size: int) -> Hashes:
-    """Hash of every run of `size` words, well mixed: [max(0, len(words) - size + 1)]."""
-    return mix(ngrams_of_sizes(words, (size,))[size])
+    """Hash of every run of `size` words, well mixed: [max(0, len(words) - size + 1)].
 
-
-def ngrams_of_sizes(words: Hashes, sizes: Collection[int]) -> dict[int, Hashes]:
-    """A number for every run of words of some sizes, at the price of the largest.
-
-    A run's number is made from that of the run without its last word. It tells runs apart; MinHash, which needs more
-    of a hash, takes `ngrams` (without mixing, 40 % more pairs fell together than should).
+    MinHash needs the mixing: without it 40 % more pairs fell together than should.
     """
-    found: dict[int, Hashes] = {}
-    total = np.zeros(len(words), dtype=np.uint64)
-    for end in range(max(sizes)):
-        total = total[: max(0, len(words) - end)] * np.uint64(_BASE)
-        total += words[end:]
-        if end + 1 in sizes:
-            found[end + 1] = total
-    return found
+    return mix(runs(words, size))
+
+
+def runs(words: Hashes, size: int) -> Hashes:
+    """A number for every run of `size` words that tells runs apart, and that `lengthen` can go on from."""
+    count = max(0, len(words) - size + 1)
+    numbers = np.zeros(count, dtype=np.uint64)
+    for place in range(size if count else 0):
+        numbers *= np.uint64(_BASE)
+        numbers += words[place : place + count]
+    return numbers
+
+
+def lengthen(numbers: Hashes, words: Hashes, starts: npt.NDArray[np.int64], size: int, target: int) -> Hashes:
+    """The numbers of the runs of `target` words that begin at `starts`, given those of the runs of `size` words."""
+    for place in range(size, target):
+        numbers = numbers * np.uint64(_BASE) + words[starts + place]
+    return numbers
 
 
 def fold(values: Hashes) -> Hashes:
