@@ -42,8 +42,7 @@ from pipelines.corpus.shards import CorpusIndex
 Rows = npt.NDArray[np.int64]
 
 _WINDOW = 4096
-"""Samples whose rows are worked out together: of a batch of 16 rows of 256 tokens that leaves 3 us to the permutation,
-against 90 us done batch by batch."""
+"""Samples whose rows are worked out together: 9 us of permutation for 16 of them, against 740 us done 16 at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Source:
         self._rowing = rowing
         self._seed = seed
         self._permutations: dict[int, Permutation] = {}
-        self.digest = hash_json([index.model_dump(), rowing.split, rowing.row_tokens, rowing.layout])
 
     @classmethod
     def open(cls, name: str, corpus: Path | ShardFiles, rowing: Rowing, seed: int) -> Self:
@@ -92,7 +90,7 @@ class Source:
         rowing = self._rowing
         if rowing.layout == "chunk":
             return ChunkPacking(self.stream.record.tokens, rowing.row_tokens)
-        path = rowing.indexes / f"{self.digest[:32]}.arrow" if rowing.indexes else None
+        path = rowing.indexes / f"{self._digest()[:32]}.arrow" if rowing.indexes else None
         kept = IndexPacking.open(path, rowing.row_tokens) if path else None
         if kept is not None:
             return kept
@@ -102,6 +100,12 @@ class Source:
             path.parent.mkdir(parents=True, exist_ok=True)
             packing.write(path)
         return packing
+
+    def _digest(self) -> str:
+        """What decides the rows: the split's blocks, and how rows are made of them."""
+        rowing = self._rowing
+        blocks = [shard.blocks for shard in self.stream.record.shards]
+        return hash_json([blocks, rowing.split, rowing.row_tokens, rowing.layout])
 
     @cached_property
     def offsets(self) -> Rows:

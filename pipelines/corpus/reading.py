@@ -48,6 +48,9 @@ class ShardFolder:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def __str__(self) -> str:
+        return str(self._folder)
+
     def index(self) -> CorpusIndex:
         """See `ShardFiles` and `CorpusIndex.load`."""
         return CorpusIndex.load(self._folder)

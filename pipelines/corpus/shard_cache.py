@@ -37,6 +37,9 @@ class ShardCache:
         self._folder = folder
         self._limit = max_bytes
 
+    def __str__(self) -> str:
+        return self._root
+
     @classmethod
     def open(cls, uri: str, folder: Path, max_bytes: int) -> Self:
         """The corpus artifact at `uri` (`s3://bucket/...`, `gs://...`, `file:///...`).

@@ -9,7 +9,7 @@ import pyarrow.fs
 import pytest
 from corpus_files import document_batch, write_corpus
 
-from configs.errors import ArtifactError, ConfigError, CorruptArtifactError, StorageError
+from configs.errors import ArtifactError, ConfigError, CorruptArtifactError, DataError, StorageError
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.shard_cache import ShardCache
 from pipelines.corpus.shards import CorpusIndex
@@ -84,6 +84,8 @@ def test_two_loaders_share_copies(bucket: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_fetched_or_held_is_an_error(bucket: Path, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"index\.json"):
         _open(ShardCache(pa.fs.LocalFileSystem(), str(tmp_path / "nothing"), tmp_path / "cache", 1 << 20))
+    with pytest.raises(DataError, match="demo@1 has no such split"):
+        Loader.open(_cache(bucket, tmp_path / "cache"), split="test", row_tokens=64, batch_rows=4, seed=3)
     with pytest.raises(ConfigError, match="smaller than a shard"):
         _open(_cache(bucket, tmp_path / "cache", 100)).batch(0)
     shutil.rmtree(bucket / "demo@1/shards")
