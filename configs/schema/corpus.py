@@ -139,6 +139,10 @@ class DedupConfig(Config):
         return self
 
 
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Letters, digits, `.`, `_` and `-`: it becomes part of the names of metrics."""
+
+
 class EvaluationSetConfig(SourceConfig):
     """An evaluation set that training documents must not hold passages of."""
 
@@ -149,7 +153,7 @@ class EvaluationSetConfig(SourceConfig):
 class ContaminationConfig(Config):
     """What a training document may not share with an evaluation set."""
 
-    sets: dict[str, EvaluationSetConfig] = Field(default_factory=dict)
+    sets: dict[SetName, EvaluationSetConfig] = Field(default_factory=dict)
     """Evaluation sets in files, by name."""
     words: Annotated[int, Field(ge=5, le=64)] = 13
     """Words in a row that make an overlap."""
@@ -180,7 +184,7 @@ class CorpusConfig(Config):
     dedup: Annotated[DedupConfig | None, BeforeValidator(_off)] = None
     """Removal of duplicates, over both splits together; `off` unless given."""
     contamination: ContaminationConfig = ContaminationConfig()
-    evaluation_data: dict[str, Input] = Field(default_factory=dict)
+    evaluation_data: dict[SetName, Input] = Field(default_factory=dict)
     """Datasets of the recipe or of the store, by name, whose held-out pairs are evaluation sets too."""
     span_bytes: Annotated[int, Field(ge=1 << 12)] | None = placement(None)
     """Bytes of source that one Ray task encodes; a part of the source's size unless set. Decides no content."""

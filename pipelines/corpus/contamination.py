@@ -207,7 +207,7 @@ class Gate:
 
 def reason(name: str) -> str:
     """What documents that overlap with the set `name` are dropped for."""
-    return f"overlap with {name}"
+    return f"overlap_{name}"
 
 
 def drop_overlapping(documents: Documents, held_out: Sequence[bool], gate: Gate, ledger: Ledger) -> list[int]:

@@ -169,7 +169,12 @@ def _duplicates(duplicates: Mapping[str, Any] | None) -> str:
         f"{duplicates['rate']:.2%} of all.</p>"
     )
     rows = [[str(c["kept"]), f"{c['documents']:,}"] for c in duplicates["largest"]]
-    return text + (_table(["largest sets: the document that stays", "documents"], rows) if rows else "")
+    pairs = [[e["dropped"], f"{'same as' if e['exact'] else 'like'} {e['kept']}"] for e in duplicates["examples"]]
+    return (
+        text
+        + (_table(["largest sets: the document that stays", "documents"], rows) if rows else "")
+        + (_table(["the first that were dropped", ""], pairs) if pairs else "")
+    )
 
 
 def _contamination(checked: Mapping[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Selection:
         if self._duplicates is None:
             return {}
         exact = int(self._duplicates.exact.sum())
-        counts = {"exact duplicate": exact, "near duplicate": len(self._duplicates.dropped) - exact}
+        counts = {"exact_duplicate": exact, "near_duplicate": len(self._duplicates.dropped) - exact}
         return {reason: count for reason, count in counts.items() if count}
 
     def documents(self, split: Split) -> Iterator[pa.RecordBatch]:

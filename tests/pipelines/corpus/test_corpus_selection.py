@@ -12,6 +12,7 @@ import pytest
 
 from actors.store.artifacts import Artifact
 from configs.errors import DataError
+from configs.schema.base import references
 from configs.schema.corpus import (
     ContaminationConfig,
     CorpusConfig,
@@ -92,7 +93,7 @@ def test_duplicates_are_dropped_and_counted(run: Run) -> None:
     dropped = _ids(whole) - _ids(near)
     assert {"copy3", "near5", "near7"} <= dropped
     assert not {f"d{i}" for i in (3, 5, 7)} & dropped
-    assert summary["drops"]["exact duplicate"] == 2
+    assert summary["drops"]["exact_duplicate"] == 2
     assert summary["duplicates"]["exact"] == 2
     assert summary["documents"] == before["documents"] - sum(summary["drops"].values())
     assert summary["documents"] == summary["train"]["documents"] + summary["validation"]["documents"]
@@ -106,6 +107,22 @@ def test_the_bytes_do_not_depend_on_spans_or_tasks(run: Run) -> None:
     assert _files(one) == _files(many)
 
 
+def test_a_run_whose_fingerprints_were_damaged_ends_in_the_same_bytes(
+    run: Run,
+) -> None:
+    settings = {"dedup": DedupConfig(near=NearConfig()), "span_bytes": 4096}
+    out, _ = run("damaged", **settings)
+    whole = _files(out)
+    parts = sorted((out.parent / "work").rglob("*-fingerprints.arrow"))
+    assert len(parts) > 4
+    parts[0].write_bytes(parts[0].read_bytes()[:-1])
+    parts[1].unlink()
+    kept = parts[2].stat().st_mtime_ns
+    again, _ = run("damaged", **settings)
+    assert _files(again) == whole
+    assert parts[2].stat().st_mtime_ns == kept
+
+
 def test_training_documents_that_quote_an_evaluation_set_are_dropped_and_the_corpus_says_so(
     run: Run, questions: ContaminationConfig
 ) -> None:
@@ -117,9 +134,29 @@ def test_training_documents_that_quote_an_evaluation_set_are_dropped_and_the_cor
     assert quiz & _ids(after, "validation") == quiz & _ids(before, "validation")
     checked = CorpusIndex.load(after).checked["quiz"]
     assert (checked.items, checked.unchecked_items) == (2, 1)
-    assert checked.dropped == summary["drops"]["overlap with quiz"] == len(quiz & _ids(before, "train"))
-    assert "travels sixty miles" in summary["examples"]["overlap with quiz"][0]["text"]
+    assert checked.dropped == summary["drops"]["overlap_quiz"] == len(quiz & _ids(before, "train"))
+    assert "travels sixty miles" in summary["examples"]["overlap_quiz"][0]["text"]
     assert CorpusIndex.load(before).checked == {}
+
+
+def test_held_out_pairs_of_a_dataset_artifact_are_an_evaluation_set(
+    tokenizer: Artifact, records: Path, tmp_path: Path, make_context: Callable[[str], StageContext]
+) -> None:
+    pair = {"id": "1", "task": "quiz", "prompt": QUESTION, "completion": "Never.", "source": "-"}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(pair) + "\n")
+    config = CorpusConfig(
+        tokenizer="tokenizer",
+        source=SourceConfig(path=str(records), fields=FieldsConfig(id="id")),
+        split=SplitConfig(validation_fraction=0.2),
+        evaluation_data={"pairs": "instructions"},
+    )
+    assert dict(references(config)) == {"tokenizer": "tokenizer", "evaluation_data.pairs": "instructions"}
+    inputs = {"tokenizer": tokenizer, "evaluation_data.pairs": Artifact(tokenizer.manifest, tmp_path)}
+    summary = CorpusStage().run(config, inputs, make_context("pairs"))
+    assert summary["contamination"]["pairs"]["dropped"] == summary["drops"]["overlap_pairs"] > 0
+    (tmp_path / "heldout.jsonl").unlink()
+    with pytest.raises(DataError, match=r"evaluation_data\.pairs cannot be registered"):
+        CorpusStage().run(config, inputs, make_context("none"))
 
 
 def test_a_corpus_that_overlaps_is_refused_where_the_recipe_says_so(run: Run, questions: ContaminationConfig) -> None:
@@ -150,6 +187,6 @@ def test_the_page_shows_the_figures_and_needs_nothing_else(run: Run, questions: 
     body = page[page.index("<body>") : page.index("</html>")]
     root = ElementTree.fromstring(body)  # what is escaped is well-formed
     text = "".join(root.itertext())
-    for shown in ("overlap with quiz", "exact duplicate", "near duplicate", "books", "bytes a token"):
+    for shown in ("overlap_quiz", "exact_duplicate", "near_duplicate", "books", "bytes a token"):
         assert shown in text
     assert len(list(root.iter("svg"))) >= 4
