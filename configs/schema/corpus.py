@@ -42,6 +42,9 @@ class CleaningConfig(Config):
 class FiltersConfig(Config):
     """Which documents are good enough."""
 
+    rules: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"], ...] = ()
+    """Published sets of rules, applied in this order; a document is dropped for the first it breaks. `c4` also takes
+    lines out of documents."""
     min_bytes: Annotated[int, Field(ge=1)] = 1
     """Shorter documents are dropped."""
 

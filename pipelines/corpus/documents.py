@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from configs.schema.corpus import SourceConfig
 from pipelines.corpus.blocks import Block, Read
-from pipelines.corpus.clean import Cleaner, Step
+from pipelines.corpus.clean import Step, clean, steps
 from pipelines.corpus.filters import Filters
 from pipelines.corpus.lines import LINE_READERS
 from pipelines.corpus.pieces import SMALLEST_SPAN_BYTES, Piece, file_format, plan_spans
@@ -110,15 +110,15 @@ def read_documents(
     Raises:
         DataError: a file changed since it was listed.
     """
-    cleaner, filters = Cleaner(config.cleaning), Filters(config.filters)
+    filters = Filters(config.filters)
     for piece in pieces:
-        steps = cleaner.steps(piece.file.name)
+        changes = steps(config.cleaning, piece.file.name)
         whole = file_format(piece.file.name, config)[0] == "text"
         for found in _read(listing, piece, config):
             if isinstance(found, Rejected):
                 ledger.rejected.append(found)
             elif found.texts:
-                yield _refine(found, piece.file.name, whole, steps, filters, ledger)
+                yield _refine(found, piece.file.name, whole, changes, filters, ledger)
 
 
 def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
@@ -142,14 +142,12 @@ def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
                 yield stream.lost(name, 0)
 
 
-def _refine(
-    block: Block, file: str, whole: bool, steps: list[tuple[str, Step]], filters: Filters, ledger: Ledger
-) -> Documents:
+def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: Filters, ledger: Ledger) -> Documents:
     """The block's documents, cleaned; without those that are empty or dropped."""
     rows: list[int] = []
     cleaned: list[bytes] = []
     for row, text in enumerate(block.texts):
-        content = _clean(text, file, block.positions[row], steps, ledger)
+        content = _clean(text, file, block.positions[row], changes, ledger)
         if content:
             rows.append(row)
             cleaned.append(content)
@@ -173,7 +171,7 @@ def _refine(
     return documents
 
 
-def _clean(text: str, file: str, position: int, steps: list[tuple[str, Step]], ledger: Ledger) -> bytes | None:
+def _clean(text: str, file: str, position: int, changes: list[Step], ledger: Ledger) -> bytes | None:
     """The document after cleaning, in UTF-8; None if there is none."""
     try:
         content = text.encode()
@@ -181,16 +179,13 @@ def _clean(text: str, file: str, position: int, steps: list[tuple[str, Step]], l
         ledger.rejected.append(Rejected(file, position, f"not text that UTF-8 can hold: {error.reason}"))
         return None
     ledger.read_bytes += len(content)
-    original = text
-    for step, change in steps:
-        before = text
-        text = change(text)
-        if text is not before and text != before:
-            ledger.changes[step] = ledger.changes.get(step, 0) + 1
-    if not text:
+    content, changed = clean(content, changes)
+    for step in changed:
+        ledger.changes[step] = ledger.changes.get(step, 0) + 1
+    if not content:
         ledger.empty += 1
         return None
-    return content if text is original else text.encode()
+    return content
 
 
 def sample_texts(

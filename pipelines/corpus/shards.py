@@ -128,9 +128,14 @@ def document_schema(dtype: str, labels: Sequence[str] = ()) -> pa.Schema:
 
 def token_column(documents: list[Tokens], dtype: str) -> pa.Array:
     """The `tokens` column: one list a document."""
-    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(d) for d in documents], out=offsets[1:])
-    flat = np.concatenate(documents) if documents else np.empty(0)
+    return token_lists(documents, [len(d) for d in documents], dtype)
+
+
+def token_lists(tokens: list[Tokens], lengths: list[int], dtype: str) -> pa.Array:
+    """The `tokens` column of documents of these lengths, whose tokens lie one after the other in `tokens`."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    flat = np.concatenate(tokens) if tokens else np.empty(0)
     return pa.LargeListArray.from_arrays(
         pa.array(offsets), pa.array(flat.astype(dtype, copy=False)), type=document_schema(dtype).field("tokens").type
     )

@@ -26,8 +26,8 @@ from pipelines.corpus.dedup import Fingerprints
 from pipelines.corpus.documents import Documents, Ledger, read_documents
 from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, process_encoder
 from pipelines.corpus.pieces import Piece
-from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_column, write_batch
-from pipelines.corpus.sources import Listing, hash_fraction, is_validation
+from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_lists, write_batch
+from pipelines.corpus.sources import Listing, is_validation
 
 FINGERPRINTS = "fingerprints"
 
@@ -111,13 +111,20 @@ class _Part:
     columns: Documents = field(default_factory=Documents)
     """Without texts."""
     sizes: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
+    """Of many documents each."""
 
-    def add(self, documents: Documents, rows: list[int], ids: list[Tokens]) -> None:
-        """Adds some rows of `documents`, whose tokens are `ids`."""
+    def add(self, documents: Documents, rows: list[int], encoder: Encoder, dtype: str) -> None:
+        """Adds some rows of `documents`; the tokens of each are ended by end-of-text."""
+        if not rows:
+            return
         self.columns.extend(documents, rows)
         self.sizes.extend(len(documents.texts[row]) for row in rows)
-        self.tokens.extend(ids)
+        end = np.array([encoder.end_of_text_id], dtype=np.uint32)
+        ids = [encoder.encode(documents.texts[row]) for row in rows]
+        self.lengths.extend(len(i) + 1 for i in ids)
+        self.tokens.append(np.concatenate([part for i in ids for part in (i, end)]).astype(dtype))
 
     def batch(self, span: Span) -> pa.RecordBatch:
         """All of it as Arrow columns."""
@@ -128,7 +135,7 @@ class _Part:
             pa.array(self.sizes, pa.uint64()),
             pa.array(self.columns.digests, pa.string()),
             *(pa.array(labels[label], pa.string()) for label in mapped),
-            token_column(self.tokens, span.dtype),
+            token_lists(self.tokens, self.lengths, span.dtype),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=document_schema(span.dtype, mapped))
 
@@ -147,7 +154,6 @@ def encode_span(span: Span) -> Commit:
     ledger = Ledger()
     differing: list[str] = []
     for documents in read_documents(span.listing, span.pieces, span.source, ledger):
-        encoded = _encode(documents, encoder, span.dtype)
         held_out = [is_validation(digest, span.split) for digest in documents.digests]
         kept = range(len(held_out)) if gate is None else drop_overlapping(documents, held_out, gate, ledger)
         if fingerprints is not None:
@@ -155,21 +161,20 @@ def encode_span(span: Span) -> Commit:
                 fingerprints.add(documents.texts[row], "validation" if held_out[row] else "train")
         for split, part in parts.items():
             rows = [row for row in kept if held_out[row] == (split == "validation")]
-            part.add(documents, rows, [encoded[row] for row in rows])
+            part.add(documents, rows, encoder, span.dtype)
         differing.extend(_differing(documents, encoder))
     return _commit(span, parts, fingerprints, ledger, tuple(differing))
 
 
-def _encode(documents: Documents, encoder: Encoder, dtype: str) -> list[Tokens]:
-    """The tokens of each document, ended by end-of-text."""
-    end = np.array([encoder.end_of_text_id], dtype=dtype)
-    return [np.concatenate([encoder.encode(text).astype(dtype), end]) for text in documents.texts]
+def is_checked(digest: str) -> bool:
+    """Whether the document with this blake3 is one of the `CHECKED_FRACTION` that both backends encode."""
+    return int(digest[:8], 16) < CHECKED_FRACTION * 2**32
 
 
 def _differing(documents: Documents, encoder: Encoder) -> Iterator[str]:
     """Names of those among the documents that are checked that the encoder's backends disagree on."""
     for name, digest, text in zip(documents.names, documents.digests, documents.texts, strict=True):
-        if hash_fraction("check", digest) < CHECKED_FRACTION and not encoder.agrees(text.decode()):
+        if is_checked(digest) and not encoder.agrees(text.decode()):
             yield name
 
 
@@ -195,7 +200,7 @@ def _commit(
         commit = Commit(
             key=span.key,
             parts=written,
-            tokens=sum(len(tokens) for part in parts.values() for tokens in part.tokens),
+            tokens=sum(sum(part.lengths) for part in parts.values()),
             ledger=ledger,
             differing=differing,
         )
