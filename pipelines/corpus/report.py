@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.corpus.shards import SplitRecord
+
 _BINS = 41
 """Powers of two up to a terabyte."""
 _SHOWN = 20
@@ -81,6 +83,20 @@ def _bins(counts: npt.NDArray[np.int64]) -> list[list[int]]:
     if not len(filled):
         return []
     return [[1 << i, 1 << (i + 1), int(counts[i])] for i in range(int(filled[0]), int(filled[-1]) + 1)]
+
+
+def split_figures(splits: Mapping[str, SplitRecord]) -> dict[str, Any]:
+    """What a report says about each split."""
+    return {
+        name: {
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "text_bytes": split.text_bytes,
+            "bytes_per_token": round(split.text_bytes / split.tokens, 4),
+            "shards": len(split.shards),
+        }
+        for name, split in splits.items()
+    }
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from configs.schema.corpus import DedupConfig
@@ -56,7 +57,7 @@ class Selection:
             start, end = self._starts[number : number + 2]
             stays = np.ones(end - start, dtype=bool)
             stays[self._duplicates.of_span(start, end - start)] = False
-            yield batch.filter(pa.array(stays[self._in_split(number, split)]))
+            yield batch.filter(pa.array(stays[self._splits(number) == SPLITS.index(split)]))
 
     def figures(self) -> dict[str, Any] | None:
         """What a report says about duplicates; None if they were not looked for."""
@@ -83,17 +84,14 @@ class Selection:
             ],
         }
 
-    def _in_split(self, number: int, split: Split) -> Any:
-        splits = read_batch(part_path(self._parts, number, FINGERPRINTS)).column("split").to_numpy()
-        return splits == SPLITS.index(split)
+    def _splits(self, number: int) -> npt.NDArray[np.uint8]:
+        """Place in `SPLITS` of each document of a span."""
+        return read_batch(part_path(self._parts, number, FINGERPRINTS)).column("split").to_numpy()
 
     def _name(self, position: int) -> str:
         """What the document at `position` is called in the source."""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        splits = self._splits(number)
         row = position - self._starts[number]
-        for split in SPLITS:
-            mine = self._in_split(number, split)
-            if mine[row]:
-                names = read_batch(part_path(self._parts, number, split)).column("name")
-                return str(names[int(mine[:row].sum())].as_py())
-        raise AssertionError("every document is in a split")
+        names = read_batch(part_path(self._parts, number, SPLITS[splits[row]])).column("name")
+        return str(names[int(np.count_nonzero(splits[:row] == splits[row]))].as_py())

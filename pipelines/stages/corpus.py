@@ -21,7 +21,7 @@ from pipelines.corpus.contamination import Registered, evaluation_sets, register
 from pipelines.corpus.documents import Ledger, sample_texts
 from pipelines.corpus.encode import Backend, Encoder, choose_backend
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
-from pipelines.corpus.report import Tally, metrics, render
+from pipelines.corpus.report import Tally, metrics, render, split_figures
 from pipelines.corpus.selection import Selection
 from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CheckedSet, CorpusIndex, write_split
 from pipelines.corpus.sources import Listing, Rejected, check_unchanged, list_source
@@ -85,30 +85,25 @@ class CorpusStage:
             "duplicates": selection.figures(),
             "contamination": {name: one.model_dump() for name, one in checked.items()},
             "vocab_size": index.vocab_size,
-            **{
-                split: {
-                    "documents": s.documents,
-                    "tokens": s.tokens,
-                    "text_bytes": s.text_bytes,
-                    "bytes_per_token": round(s.text_bytes / s.tokens, 4),
-                    "shards": len(s.shards),
-                }
-                for split, s in index.splits.items()
-            },
+            **split_figures(index.splits),
         }
-        (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-        (context.out / "report.html").write_text(render(report), encoding="utf-8")
-        context.run.log_file(context.out / "report.html")
-        context.run.log_metrics(metrics(report), step=0)
-        for split, s in index.splits.items():
-            profile = {"documents": s.documents, "tokens": s.tokens, "text_bytes": s.text_bytes}
-            context.run.log_dataset(
-                name=f"{context.name}-{split}", digest=listing.digest, uri=config.source.path, context=split,
-                profile=profile,
-            )  # fmt: skip
+        _publish(report, config, index, context)
         seconds = time.monotonic() - started
         speed = {"seconds": seconds, "megabytes_per_second": listing.size_bytes / 1e6 / seconds}
         return {**report, **speed, "encoder": backend, "encoder_reason": reason}
+
+
+def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
+    """Writes the report, and tells the tracker what is in it."""
+    (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    (context.out / "report.html").write_text(render(report), encoding="utf-8")
+    context.run.log_file(context.out / "report.html")
+    context.run.log_metrics(metrics(report), step=0)
+    for split, s in index.splits.items():
+        context.run.log_dataset(
+            name=f"{context.name}-{split}", digest=report["source_digest"], uri=config.source.path, context=split,
+            profile={"documents": s.documents, "tokens": s.tokens, "text_bytes": s.text_bytes},
+        )  # fmt: skip
 
 
 def _parts(context: StageContext, backend: Backend) -> Path:
