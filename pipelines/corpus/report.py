@@ -139,10 +139,11 @@ def render(report: Mapping[str, Any]) -> str:
 def _flow(report: Mapping[str, Any]) -> str:
     """From records read to documents in the shards."""
     written = sum(report[split]["documents"] for split in ("train", "validation"))
+    found = report["duplicates"] or {"exact": 0, "near": 0}
     steps = {
         "records read": report["records"],
         "left by reading": report["records"] - report["quarantined"] - report["empty"],
-        "left by the filters": report["documents"],
+        "left by filters and gate": report["documents"] + found["exact"] + found["near"],
         "in the shards": written,
     }
     rows = [
