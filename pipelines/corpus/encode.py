@@ -4,8 +4,9 @@ gigatoken encodes a hundred times faster than one `tokenizers` thread (130 again
 and is used as long as its ids are the same: on a probe set and a sample before the first task (`choose_backend`) and on
 one document in a thousand on the way (`Encoder.agrees`).
 
-The text of a document never yields a special token: `<|end|>` in a file is encoded as the characters it is made of.
-Both backends get a tokenizer without its list of special tokens, because gigatoken always recognises those in text.
+The name of a special token in a document is encoded as the characters it is made of. `tokenizers` is told so;
+gigatoken, which always recognises such names, gets the tokenizer without its list of them. WordPiece, Unigram and
+word-level tokenizers are encoded by `tokenizers`, one thread a process.
 """
 
 from __future__ import annotations
@@ -67,25 +68,33 @@ class Encoder:
         """
         path = folder / "tokenizer.json"
         try:
-            description = json.loads(path.read_bytes())
-            whole = Tokenizer.from_str(json.dumps(description))
+            description = {**json.loads(path.read_bytes()), "truncation": None, "padding": None}
+            reference = Tokenizer.from_str(json.dumps(description))
             end_of_text = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise _unusable(path, str(error)) from error
-        end_of_text_id = whole.token_to_id(end_of_text) if isinstance(end_of_text, str) else None
+        if isinstance(end_of_text, dict):  # files of older versions
+            end_of_text = end_of_text.get("content")
+        end_of_text_id = reference.token_to_id(end_of_text) if isinstance(end_of_text, str) else None
         if end_of_text_id is None:
             raise _unusable(path, f"eos_token {end_of_text!r}")
-        plain = json.dumps({**description, "added_tokens": []})
+        reference.encode_special_tokens = True
+        ordinary = [token for token in description["added_tokens"] if not token["special"]]
+        plain = json.dumps({**description, "added_tokens": ordinary})
         fast = gigatoken.Tokenizer.from_json(plain).encode if backend == "gigatoken" else None
-        return cls(Tokenizer.from_str(plain), fast, whole.get_vocab_size(), end_of_text_id)
+        return cls(reference, fast, reference.get_vocab_size(), end_of_text_id)
 
-    def encode(self, text: str) -> Ids:
-        """The ids of `text`; no special token is added or recognised. One thread."""
-        return self.encode_exactly(text) if self._fast is None else self._fast(text.encode())
+    def encode(self, text: str | bytes) -> Ids:
+        """The ids of `text` (UTF-8 if bytes); no special token is added or recognised. One thread."""
+        if self._fast is None:
+            return self.encode_exactly(text if isinstance(text, str) else text.decode())
+        return self._fast(text.encode() if isinstance(text, str) else text)
 
     def encode_exactly(self, text: str) -> Ids:
         """The ids that `tokenizers` gives, whatever the backend."""
-        return np.array(self._reference.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        # The fast form keeps no offsets: 5.4 MB/s instead of 3.6 for WordPiece.
+        (encoding,) = self._reference.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, dtype=np.uint32)
 
     def agrees(self, text: str) -> bool:
         """Whether the backend's ids of `text` are the ones `tokenizers` gives."""

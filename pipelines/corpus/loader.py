@@ -1,121 +1,245 @@
 """Training batches from token shards.
 
-The documents of a split are one stream of tokens, cut into rows of `row_tokens` inputs, each with the token that
-follows; every token but the first is a target once an epoch. Rows are visited in an order that a keyed permutation
-gives, another one each epoch. A batch is a pure function of (corpus, seed, step): there is no state to save, going to
-any step costs the same, and the slices of all ranks, one after the other, are the same global batch for every number
-of workers.
+Global sample k -> mixture (which source, and its how-manyeth sample) -> permutation (which row) -> packing (which runs
+of the token stream) -> memory-mapped shards. Every link is a function, so a batch is a pure function of (corpora, seed,
+step): there is no state to save, going to any step costs the same, and the slices of all ranks, one after the other,
+are the same global batch for every number of workers.
+
+A source's rows are visited in the order of a keyed permutation, another one each epoch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-import blake3
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import DataError, InputError
-from pipelines.corpus.shards import CorpusIndex, ShardReader, SplitRecord
+from configs.artifacts import hash_json
+from configs.errors import ContractError, DataError, InputError
+from pipelines.corpus.mixture import Mixture, Phase
+from pipelines.corpus.packing import (
+    ChunkPacking,
+    IndexPacking,
+    Layout,
+    PackedRows,
+    Packing,
+    PackingReport,
+    Pieces,
+    best_fit_packing,
+    describe_rows,
+    document_packing,
+    split_at,
+)
+from pipelines.corpus.permutation import Permutation
+from pipelines.corpus.reading import ShardFiles, ShardFolder, TokenStream
+from pipelines.corpus.shards import CorpusIndex
 
 Rows = npt.NDArray[np.int64]
-_ROUNDS = 6
+
+_WINDOW = 4096
+"""Samples whose rows are worked out together: 9 us of permutation for 16 of them, against 740 us done 16 at a time."""
 
 
-class Permutation:
-    """A bijection of 0..size-1 in constant memory, chosen by `key`.
+@dataclass(frozen=True)
+class Rowing:
+    """How rows are made of a split; what every source of a loader has in common."""
 
-    A balanced Feistel network over the next even power of two of bits, at most 64, with values that fall outside
-    walked along their cycle until they are inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    """
-
-    def __init__(self, size: int, key: bytes) -> None:
-        if not 0 < size <= 1 << 63:
-            raise InputError("size of a permutation", received=size, allowed="1 to 2**63")
-        self.size = size
-        self._half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
-        material = blake3.blake3(key).digest(8 * _ROUNDS)
-        self._round_keys = np.frombuffer(material, dtype="<u8").astype(np.uint64)
-
-    def __call__(self, positions: npt.ArrayLike) -> Rows:
-        """Where `positions` go; same shape."""
-        values = np.array(positions, dtype=np.uint64)
-        outside = np.ones(values.shape, dtype=bool)
-        while outside.any():
-            values[outside] = self._encrypt(values[outside])
-            outside &= values >= np.uint64(self.size)
-        return values.astype(np.int64)
-
-    def _encrypt(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = values >> self._half_bits, values & self._mask
-        for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
-        return (left << self._half_bits) | right
+    split: str
+    row_tokens: int
+    layout: Layout = "chunk"
+    indexes: Path | None = None
+    """Folder where the indexes of layouts other than `chunk` are kept, so that they are made once."""
 
 
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+class Source:
+    """The rows of one split of one corpus, in an order that seed and epoch give."""
+
+    def __init__(self, name: str, index: CorpusIndex, stream: TokenStream, rowing: Rowing, seed: int) -> None:
+        self.index = index
+        self.stream = stream
+        self._key = f"/{name}" if name else ""
+        self._rowing = rowing
+        self._seed = seed
+        self._permutations: dict[int, Permutation] = {}
+
+    @classmethod
+    def open(cls, name: str, corpus: Path | ShardFiles, rowing: Rowing, seed: int) -> Self:
+        """Raises as `Loader.open` does; `name` is mixed into the order of the rows."""
+        files = ShardFolder(corpus) if isinstance(corpus, Path) else corpus
+        index = files.index()
+        record = index.splits.get(rowing.split)
+        if record is None:
+            raise DataError(f"{corpus} has no such split", received=rowing.split, allowed=", ".join(index.splits))
+        if record.tokens <= rowing.row_tokens and rowing.layout == "chunk":
+            raise DataError(
+                f"split {rowing.split} of {corpus} is shorter than one row",
+                received=f"{record.tokens} tokens",
+                allowed=f"at least {rowing.row_tokens + 1}",
+                next_step="take more text, a larger split.validation_fraction or a shorter context_length",
+            )
+        return cls(name, index, TokenStream(files, record, index.block_bytes), rowing, seed)
+
+    @cached_property
+    def packing(self) -> Packing:
+        """The rows; an index that was kept is taken, one that was made is kept."""
+        rowing = self._rowing
+        if rowing.layout == "chunk":
+            return ChunkPacking(self.stream.record.tokens, rowing.row_tokens)
+        path = rowing.indexes / f"{self._digest()[:32]}.arrow" if rowing.indexes else None
+        kept = IndexPacking.open(path, rowing.row_tokens) if path else None
+        if kept is not None:
+            return kept
+        pack = best_fit_packing if rowing.layout == "best-fit" else document_packing
+        packing = pack(self.offsets, rowing.row_tokens)
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            packing.write(path)
+        return packing
+
+    def _digest(self) -> str:
+        """What decides the rows: the split's blocks, and how rows are made of them."""
+        rowing = self._rowing
+        blocks = [shard.blocks for shard in self.stream.record.shards]
+        return hash_json([blocks, rowing.split, rowing.row_tokens, rowing.layout])
+
+    @cached_property
+    def offsets(self) -> Rows:
+        """Where each document begins in the stream, and the end."""
+        return self.stream.offsets()
+
+    def order(self, ordinals: Rows) -> tuple[Rows, Rows]:
+        """Epoch and row of samples: sample k is position k mod rows of epoch k div rows."""
+        size = self.packing.rows
+        epochs, positions = ordinals // size, ordinals % size
+        rows = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            rows[chosen] = self._permutation(int(epoch))(positions[chosen])
+        return epochs, rows
+
+    def _permutation(self, epoch: int) -> Permutation:
+        if epoch not in self._permutations:
+            key = f"{self._seed}/{epoch}{self._key}".encode()
+            self._permutations = {epoch: Permutation(self.packing.rows, key)}
+        return self._permutations[epoch]
+
+    def pieces(self, rows: Rows, whole_documents: bool) -> Pieces:
+        """The pieces of `rows`; with `whole_documents`, none of them goes from one document into the next."""
+        pieces = self.packing.pieces(rows)
+        return split_at(pieces, self.offsets) if whole_documents and self._rowing.layout == "chunk" else pieces
 
 
 class Loader:
-    """Batches of one split of a corpus."""
+    """Batches of one split of a corpus, or of several corpora in given proportions."""
 
-    def __init__(
-        self,
-        readers: list[ShardReader],
-        record: SplitRecord,
+    def __init__(self, sources: Sequence[Source], mixture: Mixture, *, rowing: Rowing, batch_rows: int) -> None:
+        self._sources = sources
+        self._mixture = mixture
+        self._row_tokens = rowing.row_tokens
+        self._padded = rowing.layout != "chunk"
+        self._batch_rows = batch_rows
+        self._windows: dict[int, Rows] = {}
+        self.vocab_size = sources[0].index.vocab_size
+        self.tokens = sum(s.stream.record.tokens for s in sources)
+        self.bytes_per_token = sum(s.stream.record.text_bytes for s in sources) / self.tokens
+
+    @cached_property
+    def _row_starts(self) -> Rows:
+        return np.concatenate([[0], np.cumsum([s.packing.rows for s in self._sources], dtype=np.int64)])
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all sources."""
+        return int(self._row_starts[-1])
+
+    @classmethod
+    def open(
+        cls,
+        corpus: Path | ShardFiles,
         *,
-        vocab_size: int,
+        split: str,
         row_tokens: int,
         batch_rows: int,
         seed: int,
-    ) -> None:
-        self._readers = readers
-        self._starts = np.concatenate([[0], np.cumsum([s.tokens for s in record.shards], dtype=np.int64)])
-        self._row_tokens = row_tokens
-        self._batch_rows = batch_rows
-        self._seed = seed
-        self._permutations: dict[int, Permutation] = {}
-        self.vocab_size = vocab_size
-        self.tokens = record.tokens
-        self.bytes_per_token = record.text_bytes / record.tokens
-        self.rows_per_epoch = (record.tokens - 1) // row_tokens
+        layout: Layout = "chunk",
+        indexes: Path | None = None,
+    ) -> Self:
+        """Opens `split` of the corpus in a folder, or in an object store (`ShardCache`).
 
-    @classmethod
-    def open(cls, corpus: Path, *, split: str, row_tokens: int, batch_rows: int, seed: int) -> Self:
-        """Opens `split` of the corpus in a folder; its shards are memory-mapped.
+        Shards are memory-mapped when they are first read. An index of layout `best-fit` or `document` is kept below
+        `indexes`, if that is given.
 
         Raises:
             ArtifactError: the folder holds no corpus.
-            CorruptArtifactError: a shard is not what the index says.
+            CorruptArtifactError: the index, or a shard that a layout has to read, is damaged.
             DataError: there is no such split, or it is shorter than one row.
+            StorageError: an object store does not answer.
         """
-        index = CorpusIndex.load(corpus)
-        record = index.splits.get(split)
-        if record is None:
-            raise DataError(f"{corpus} has no such split", received=split, allowed=", ".join(index.splits))
-        if record.tokens <= row_tokens:
-            raise DataError(
-                f"split {split} of {corpus} is shorter than one row",
-                received=f"{record.tokens} tokens",
-                allowed=f"at least {row_tokens + 1}",
-                next_step="take more text, a larger split.validation_fraction or a shorter context_length",
+        rowing = Rowing(split, row_tokens, layout, indexes)
+        source = Source.open("", corpus, rowing, seed)
+        return cls([source], Mixture([Phase(0, {"": 1})], batch_rows), rowing=rowing, batch_rows=batch_rows)
+
+    @classmethod
+    def mix(
+        cls, corpora: Mapping[str, Path | ShardFiles], phases: Sequence[Phase], rowing: Rowing, *,
+        batch_rows: int, seed: int,
+    ) -> Self:  # fmt: skip
+        """Opens several corpora, made with one tokenizer, that `phases` gives weights to by name.
+
+        Raises:
+            ConfigError: the weights are not usable.
+            ContractError: the corpora were made with different tokenizers.
+            InputError: corpora and weights have different names.
+
+        and what `open` raises.
+        """
+        mixture = Mixture(phases, batch_rows)
+        if set(mixture.sources) != set(corpora):
+            raise InputError(
+                "a mixture gives weights to other corpora than there are",
+                received=sorted(mixture.sources),
+                allowed=", ".join(sorted(corpora)),
             )
-        readers = [ShardReader.open(corpus, shard, index.block_bytes) for shard in record.shards]
-        return cls(
-            readers, record, vocab_size=index.vocab_size, row_tokens=row_tokens, batch_rows=batch_rows, seed=seed
-        )
+        sources = [Source.open(name, corpora[name], rowing, seed) for name in mixture.sources]
+        for name, source in zip(mixture.sources, sources, strict=True):
+            if source.index.contract != sources[0].index.contract:
+                raise ContractError(
+                    f"corpora {mixture.sources[0]} and {name} were made with different tokenizers",
+                    received=source.index.contract,
+                    allowed=sources[0].index.contract,
+                    next_step="make both with the same tokenizer artifact",
+                )
+        return cls(sources, mixture, rowing=rowing, batch_rows=batch_rows)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """The rows of `rank` in the global batch of `step` (from 0): [batch_rows / world_size, row_tokens + 1].
 
         Raises:
             CorruptArtifactError: a shard is damaged where the batch lies.
+            InputError: the batch cannot be divided so.
+            StorageError: an object store does not answer.
+        """
+        samples = self.ledger(step, rank, world_size)
+        return self._tokens(len(samples), self._pieces(samples, whole_documents=False))
+
+    def packed(self, step: int, rank: int = 0, world_size: int = 1) -> PackedRows:
+        """The same rows as `batch`, with what keeps attention inside documents. Raises as `batch` does."""
+        samples = self.ledger(step, rank, world_size)
+        pieces = self._pieces(samples, whole_documents=True)
+        tokens = self._tokens(len(samples), pieces)
+        order = np.argsort(np.concatenate([p.rows for _, p in pieces]), kind="stable")
+        merged = [np.concatenate([getattr(p, name) for _, p in pieces])[order] for name in Pieces.__annotations__]
+        return describe_rows(tokens, Pieces(*merged))
+
+    def ledger(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
+        """Which samples `batch` gives: source, epoch of that source and row, [batch_rows / world_size, 3].
+
+        Raises:
             InputError: the batch cannot be divided so.
         """
         if self._batch_rows % world_size or not 0 <= rank < world_size or step < 0:
@@ -127,38 +251,56 @@ class Loader:
             )
         count = self._batch_rows // world_size
         first = step * self._batch_rows + rank * count
-        return self._gather(self._order(np.arange(first, first + count, dtype=np.int64)))
+        window, last = first // _WINDOW, (first + count - 1) // _WINDOW
+        parts = [self._window(number) for number in range(window, last + 1)]
+        samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return samples[first - window * _WINDOW :][:count]
 
     def rows(self, count: int) -> Rows:
         """`count` rows (all, if there are fewer) spread evenly over the split, in document order: for evaluation."""
         count = min(count, self.rows_per_epoch)
-        return self._gather(np.arange(count, dtype=np.int64) * self.rows_per_epoch // count)
+        chosen = np.arange(count, dtype=np.int64) * self.rows_per_epoch // count
+        sources = np.searchsorted(self._row_starts, chosen, side="right") - 1
+        rows = chosen - self._row_starts[sources]
+        samples = np.stack([sources, np.zeros_like(sources), rows], axis=1)
+        return self._tokens(count, self._pieces(samples, whole_documents=False))
 
-    def _order(self, samples: Rows) -> Rows:
-        """Row numbers of global samples: sample k is position k mod rows of epoch k div rows."""
-        epochs, positions = np.divmod(samples, self.rows_per_epoch)
-        result = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            result[chosen] = self._permutation(int(epoch))(positions[chosen])
+    def packing_reports(self) -> dict[str, PackingReport]:
+        """What the layout does to each source's documents."""
+        named = zip(self._mixture.sources, self._sources, strict=True)
+        return {name: source.packing.report(source.offsets) for name, source in named}
+
+    def _window(self, number: int) -> Rows:
+        """Source, epoch and row of samples `number * _WINDOW` and following; the last two windows are kept."""
+        if number not in self._windows:
+            sources, ordinals = self._mixture.draw(np.arange(number * _WINDOW, (number + 1) * _WINDOW, dtype=np.int64))
+            window = np.empty((_WINDOW, 3), dtype=np.int64)
+            for place, source in enumerate(self._sources):
+                chosen = sources == place
+                window[chosen, 1], window[chosen, 2] = source.order(ordinals[chosen])
+            window[:, 0] = sources
+            self._windows = {**dict(list(self._windows.items())[-1:]), number: window}
+        return self._windows[number]
+
+    def _pieces(self, samples: Rows, *, whole_documents: bool) -> list[tuple[Source, Pieces]]:
+        """The pieces of `samples` (as in `ledger`), by source."""
+        if len(self._sources) == 1:
+            return [(self._sources[0], self._sources[0].pieces(samples[:, 2], whole_documents))]
+        result = []
+        for place, source in enumerate(self._sources):
+            mine = np.flatnonzero(samples[:, 0] == place)
+            if len(mine):
+                pieces = source.pieces(samples[mine, 2], whole_documents)
+                result.append((source, replace(pieces, rows=mine[pieces.rows])))
         return result
 
-    def _permutation(self, epoch: int) -> Permutation:
-        if epoch not in self._permutations:
-            key = f"{self._seed}/{epoch}".encode()
-            self._permutations = {epoch: Permutation(self.rows_per_epoch, key)}
-        return self._permutations[epoch]
-
-    def _gather(self, rows: Rows) -> Rows:
-        result = np.empty((len(rows), self._row_tokens + 1), dtype=np.int64)
-        for target, row in zip(result, rows.tolist(), strict=True):
-            begin = row * self._row_tokens
-            shard = int(np.searchsorted(self._starts, begin, side="right")) - 1
-            filled = 0
-            while filled < len(target):
-                offset = begin + filled - int(self._starts[shard])
-                end = min(offset + len(target) - filled, int(self._starts[shard + 1] - self._starts[shard]))
-                target[filled : filled + end - offset] = self._readers[shard].read(offset, end)
-                filled += end - offset
-                shard += 1
+    def _tokens(self, count: int, pieces: list[tuple[Source, Pieces]]) -> Rows:
+        """`count` rows that hold `pieces`; other places hold the end-of-text token."""
+        shape = (count, self._row_tokens + 1)
+        if self._padded:
+            result = np.full(shape, self._sources[0].index.end_of_text_id, dtype=np.int64)
+        else:
+            result = np.empty(shape, dtype=np.int64)
+        for source, mine in pieces:
+            source.stream.gather(mine, result)
         return result

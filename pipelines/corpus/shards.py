@@ -1,14 +1,14 @@
-"""Token shards: Arrow IPC files of documents, an index with checksums, and a reader that verifies what it reads.
+"""Token shards: Arrow IPC files of documents, and an index with checksums.
 
 A shard is one record batch with the columns of `document_schema`; the tokens of its documents lie one after the other
 in one flat little-endian array, each document ended by the end-of-text token, so that a memory map of the file is the
-token stream. The index holds an xxh3 of every block of `BLOCK_BYTES` of each file; a block is checked when it is first
-read.
+token stream. The index holds an xxh3 of every block of `BLOCK_BYTES` of each file; `pipelines.corpus.reading` checks a
+block when it is first read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from configs.errors import ArtifactError, CorruptArtifactError
 
 INDEX = "index.json"
 BLOCK_BYTES = 1 << 18
-SPLITS: tuple[Literal["train"], Literal["validation"]] = ("train", "validation")
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 
@@ -52,6 +53,21 @@ class SplitRecord(_Record):
     shards: tuple[ShardRecord, ...]
 
 
+class CheckedSet(_Record):
+    """An evaluation set that the training documents were compared with."""
+
+    digest: str
+    """Of its content, and of how it was read."""
+    items: int
+    unchecked_items: int
+    """Too short to be told from any text."""
+    ngrams: int
+    words: int
+    """In an n-gram."""
+    dropped: int = 0
+    """Training documents that held one of its passages and are not in the corpus."""
+
+
 class CorpusIndex(_Record):
     """What a reader of the shards has to know."""
 
@@ -63,6 +79,8 @@ class CorpusIndex(_Record):
     """Hash of the text contract the tokens were made with."""
     block_bytes: int
     splits: dict[str, SplitRecord]
+    checked: dict[str, CheckedSet] = Field(default_factory=dict)
+    """By name. Of any other evaluation set it is not known whether the corpus holds it."""
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -74,24 +92,35 @@ class CorpusIndex(_Record):
         """
         path = folder / INDEX
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
         except FileNotFoundError:
             raise ArtifactError(
                 f"{folder} is not a corpus: it has no {INDEX}", next_step="give an artifact of the corpus stage"
             ) from None
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Self:
+        """The index that a file `path` with `content` holds. Raises `CorruptArtifactError` if it does not parse."""
+        try:
+            return cls.model_validate_json(content)
         except ValueError as error:
             raise CorruptArtifactError(
                 f"{path} is not a corpus index: {error}", next_step="ganymede artifacts verify, then make it again"
             ) from error
 
 
-def document_schema(dtype: str) -> pa.Schema:
-    """Columns of a shard: the document's name in the source, its size and blake3 there, and its tokens."""
+def document_schema(dtype: str, labels: Sequence[str] = ()) -> pa.Schema:
+    """Columns of a shard: the document's name in the source, the size and blake3 of its text, and its tokens.
+
+    `labels` are what the source says of a document beside: its id, where it is from, a label.
+    """
     return pa.schema(
         [
             pa.field("name", pa.string(), nullable=False),
             pa.field("size_bytes", pa.uint64(), nullable=False),
             pa.field("blake3", pa.string(), nullable=False),
+            *(pa.field(label, pa.string()) for label in labels),
             pa.field("tokens", pa.large_list(pa.field("item", pa.from_numpy_dtype(dtype), nullable=False))),
         ]
     )
@@ -99,9 +128,14 @@ def document_schema(dtype: str) -> pa.Schema:
 
 def token_column(documents: list[Tokens], dtype: str) -> pa.Array:
     """The `tokens` column: one list a document."""
-    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(d) for d in documents], out=offsets[1:])
-    flat = np.concatenate(documents) if documents else np.empty(0)
+    return token_lists(documents, [len(d) for d in documents], dtype)
+
+
+def token_lists(tokens: list[Tokens], lengths: list[int], dtype: str) -> pa.Array:
+    """The `tokens` column of documents of these lengths, whose tokens lie one after the other in `tokens`."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    flat = np.concatenate(tokens) if tokens else np.empty(0)
     return pa.LargeListArray.from_arrays(
         pa.array(offsets), pa.array(flat.astype(dtype, copy=False)), type=document_schema(dtype).field("tokens").type
     )
@@ -168,66 +202,3 @@ def _describe(path: Path, folder: Path, batch: pa.RecordBatch) -> ShardRecord:
             for begin in range(0, len(content), BLOCK_BYTES)
         ),
     )
-
-
-class ShardReader:
-    """A memory-mapped shard. Every block is compared with the index before its first byte is used."""
-
-    def __init__(self, path: Path, record: ShardRecord, content: pa.Buffer, block_bytes: int) -> None:
-        self._path = path
-        self._record = record
-        self._content = memoryview(content)
-        self._block_bytes = block_bytes
-        self._verified = np.zeros(len(record.blocks), dtype=bool)
-        self._tokens: Tokens = np.empty(0, dtype=np.uint16)
-        self._start = 0
-
-    @classmethod
-    def open(cls, folder: Path, record: ShardRecord, block_bytes: int) -> Self:
-        """Maps a shard and checks the blocks that describe its layout.
-
-        Raises:
-            CorruptArtifactError: the file is missing, has another size, or does not hold what the index says.
-        """
-        path = folder / record.path
-        size = path.stat().st_size if path.is_file() else None
-        if size != record.size_bytes:
-            raise _corrupt(path, 0, f"{size} bytes", f"{record.size_bytes} bytes")
-        content = pa.memory_map(str(path)).read_buffer()
-        reader = cls(path, record, content, block_bytes)
-        reader._verify(0, 1)
-        reader._verify(record.size_bytes - 1, record.size_bytes)
-        column = pa.ipc.open_file(pa.BufferReader(content)).get_batch(0).column("tokens")
-        values = column.flatten()
-        if len(values) != record.tokens:
-            raise _corrupt(path, 0, f"{len(values)} tokens", f"{record.tokens} tokens")
-        reader._tokens = values.to_numpy()
-        reader._start = values.buffers()[1].address - content.address + values.offset * reader._tokens.itemsize
-        return reader
-
-    def read(self, begin: int, end: int) -> Tokens:
-        """Tokens `begin` to `end` (exclusive) of the shard, without a copy.
-
-        Raises:
-            CorruptArtifactError: a block they lie in is not what was written.
-        """
-        width = self._tokens.itemsize
-        self._verify(self._start + begin * width, self._start + end * width)
-        return self._tokens[begin:end]
-
-    def _verify(self, first_byte: int, end_byte: int) -> None:
-        for number in range(first_byte // self._block_bytes, -(-end_byte // self._block_bytes)):
-            if self._verified[number]:
-                continue
-            begin = number * self._block_bytes
-            digest = xxhash.xxh3_64_hexdigest(self._content[begin : begin + self._block_bytes])
-            if digest != self._record.blocks[number]:
-                raise _corrupt(self._path, begin, f"xxh3 {digest}", f"xxh3 {self._record.blocks[number]}")
-            self._verified[number] = True
-
-
-def _corrupt(path: Path, offset: int, received: str, allowed: str) -> CorruptArtifactError:
-    return CorruptArtifactError(
-        f"shard {path} is damaged at byte {offset}", received=received, allowed=allowed,
-        next_step="ganymede artifacts verify; remove the corpus and run the recipe again to make it anew",
-    )  # fmt: skip

@@ -1,27 +1,50 @@
-"""Which documents a source holds, and which of them are held out.
+"""Which files a source holds, wherever it is, and what they contain.
 
-A listing is the sorted set of (name, blake3 of the content): the same data at another path has the same digest, and a
-document is in the validation split or not by its content alone, so that copies of one file never straddle the split.
-Every file is one document; its content is read again, and checked against the listing, by whoever processes it.
+A listing is the sorted set of (name, blake3 of the content), with names relative to the source: the same data at
+another path, in another store or on another machine has the same digest. A file's size and time of change only decide
+whether this process has to hash it again.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sysconfig
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import blake3
+from pyarrow import fs
 
 from configs.artifacts import hash_json
-from configs.errors import DataError
+from configs.errors import DataError, StorageError
 from configs.schema.corpus import SourceConfig, SplitConfig
-from pipelines.corpus.clean import Rejected
 
 STDLIB = "python:stdlib"
+HUB = "hf://"
+
+_CHUNK_BYTES = 1 << 22
+_HASHING_THREADS = 8
+_SETTLED_NS = 2_000_000_000
+"""Files changed less than this before they were hashed are hashed again: a later change may bear the same time."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Something of a source that cannot be used."""
+
+    name: str
+    """Path relative to the source."""
+    offset: int
+    """Byte in the file, after decompression; row in a Parquet or Arrow file."""
+    reason: str
+    rest: bool = False
+    """Whether the rest of the file is lost with it."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +58,13 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a source, sorted by name, and the files that could not be opened."""
+    """The files of a source, sorted by name, and the files that could not be opened. Can be sent to other machines."""
 
-    root: Path
+    filesystem: Any
+    """`pyarrow.fs.FileSystem` that the files are in."""
+    root: str
     files: tuple[SourceFile, ...]
-    unreadable: tuple[Rejected, ...]
+    unreadable: tuple[Rejected, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -52,22 +77,49 @@ class Listing:
         """Bytes of all readable files."""
         return sum(f.size_bytes for f in self.files)
 
+    def open(self, file: SourceFile) -> Any:
+        """`file` as a random-access `pyarrow.NativeFile`.
+
+        Raises:
+            DataError: it is gone, or has another size than when the listing was made.
+        """
+        path = _join(self.root, file.name)
+        try:
+            opened = self.filesystem.open_input_file(path)
+            size = opened.size()
+        except OSError as error:
+            raise _changed(path, _reason(error)) from error
+        if size != file.size_bytes:
+            raise _changed(path, f"{size} bytes")
+        return opened
+
     def read(self, file: SourceFile) -> bytes:
-        """The content of `file`.
+        """The content of `file` as it is stored, compared with the listing.
 
         Raises:
             DataError: it is not what it was when the listing was made.
         """
-        try:
-            content = (self.root / file.name).read_bytes()
-        except OSError as error:
-            raise _changed(self.root / file.name, error.strerror or str(error)) from error
+        path = _join(self.root, file.name)
+        with self.open(file) as opened:
+            try:
+                content: bytes = opened.read()
+            except OSError as error:
+                raise _changed(path, _reason(error)) from error
         if blake3.blake3(content).hexdigest() != file.blake3:
-            raise _changed(self.root / file.name, "other content")
+            raise _changed(path, "other content")
         return content
 
 
-def _changed(path: Path, received: str) -> DataError:
+def _join(root: str, name: str) -> str:
+    return f"{root.rstrip('/')}/{name}"
+
+
+def _reason(error: OSError) -> str:
+    """What the operating system says, without the path: the path is not part of what a corpus says about a file."""
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def _changed(path: str, received: str) -> DataError:
     return DataError(
         f"{path} changed while the stage was reading the source",
         received=received,
@@ -80,49 +132,113 @@ def list_source(config: SourceConfig) -> Listing:
     """Finds and hashes every file of a source.
 
     Raises:
-        DataError: the path does not exist, or no file matches.
+        DataError: the path does not exist or cannot be reached, or no file matches.
     """
-    path = Path(sysconfig.get_path("stdlib")) if config.path == STDLIB else Path(config.path).expanduser()
-    if not path.exists():
-        raise DataError(
-            "source.path does not exist", received=config.path, allowed=f"a file, a folder or {STDLIB}",
-            next_step="correct source.path in the recipe",
-        )  # fmt: skip
-    root = path if path.is_dir() else path.parent
+    filesystem, root, names = _find(config)
     files: list[SourceFile] = []
     unreadable: list[Rejected] = []
-    for name in sorted(_names(path, config)):
-        try:
-            content = (root / name).read_bytes()
-        except OSError as error:
-            unreadable.append(Rejected(name, 0, error.strerror or str(error)))
-            continue
-        files.append(SourceFile(name, len(content), blake3.blake3(content).hexdigest()))
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        for found in pool.map(lambda name: _describe(filesystem, root, name), sorted(names)):
+            (files if isinstance(found, SourceFile) else unreadable).append(found)  # type: ignore[arg-type]
     if not files and not unreadable:
         raise DataError(
-            f"no file below {path} matches the source", received=config.include, allowed="patterns that match a file",
+            f"no file below {config.path} matches the source", received=config.include,
+            allowed="patterns that match a file",
             next_step="correct source.path, source.include or source.exclude in the recipe",
         )  # fmt: skip
-    return Listing(root, tuple(files), tuple(unreadable))
+    return Listing(filesystem, root, tuple(files), tuple(unreadable))
 
 
-def _names(path: Path, config: SourceConfig) -> Iterator[str]:
-    if not path.is_dir():
-        if _wanted(path.name, config):
-            yield path.name
-        return
-    for folder, folders, names in os.walk(path):
-        relative = Path(folder).relative_to(path)
+def check_unchanged(listing: Listing, config: SourceConfig) -> None:
+    """Lists a source again; files that kept size and time of change are not read.
+
+    Raises:
+        DataError: it is not what it was, and what was read of it may be a mixture.
+    """
+    if list_source(config).digest != listing.digest:
+        raise _changed(config.path, "other files or content")
+
+
+def _find(config: SourceConfig) -> tuple[Any, str, list[str]]:
+    """File system, root and names of the files of a source."""
+    filesystem, path = _locate(config.path)
+    pattern = None
+    if any(c in path for c in "*?["):
+        parts = PurePosixPath(path).parts
+        fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+        path, pattern = str(PurePosixPath(*parts[:fixed])), "/".join(parts[fixed:])
+    try:
+        kind = filesystem.get_file_info(path).type
+    except OSError as error:
+        raise StorageError(
+            f"source.path {config.path} cannot be reached: {error}", next_step="check the address and the credentials"
+        ) from error
+    if kind == fs.FileType.NotFound:
+        raise DataError(
+            "source.path does not exist", received=config.path,
+            allowed=f"a file, a folder, a glob, a URI or {STDLIB}", next_step="correct source.path in the recipe",
+        )  # fmt: skip
+    if kind == fs.FileType.File:
+        return filesystem, str(PurePosixPath(path).parent), [PurePosixPath(path).name]
+    names: Iterable[str] = _walk(filesystem, path, config)
+    if pattern is not None:
+        names = (name for name in names if fnmatchcase(name, pattern))
+    return filesystem, path, list(_dataset_files(filesystem, path, list(names)))
+
+
+def _locate(path: str) -> tuple[Any, str]:
+    if path == STDLIB:
+        return fs.LocalFileSystem(), sysconfig.get_path("stdlib")
+    if path.startswith(HUB):
+        return _hub(), path.removeprefix(HUB)
+    if "://" not in path:
+        return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    try:
+        filesystem, inside = fs.FileSystem.from_uri(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"source.path is not an address that can be opened: {error}", received=path,
+            allowed="file://, s3://, gs://, hdfs:// or hf://", next_step="correct source.path in the recipe",
+        )  from error  # fmt: skip
+    return filesystem, inside
+
+
+def _hub() -> Any:
+    """The Hugging Face hub as a file system; asked for only when a recipe names it."""
+    from huggingface_hub import HfFileSystem, constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise DataError(
+            "source.path names a dataset on the Hugging Face hub, and this process is offline",
+            received="HF_HUB_OFFLINE=1",
+            allowed="hf:// with a connection, or a local folder",
+            next_step="set HF_HUB_OFFLINE=0, or download the dataset and give its folder as source.path",
+        )
+    return fs.PyFileSystem(fs.FSSpecHandler(HfFileSystem()))
+
+
+def _walk(filesystem: Any, root: str, config: SourceConfig) -> Iterator[str]:
+    """Names below `root` that the patterns choose. Folders that are left out whole are not looked into."""
+    include = config.include or (("*.py",) if config.path == STDLIB else None)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        found = _walk_local(root, config)
+    else:
+        infos = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+        found = (i.path[len(root) :].lstrip("/") for i in infos if i.type == fs.FileType.File)
+    for name in found:
+        if include is None:
+            included = not any(part.startswith(".") for part in name.split("/"))
+        else:
+            included = any(fnmatchcase(name, pattern) for pattern in include)
+        if included and not any(fnmatchcase(name, pattern) for pattern in config.exclude):
+            yield name
+
+
+def _walk_local(root: str, config: SourceConfig) -> Iterator[str]:
+    for folder, folders, names in os.walk(root):
+        relative = Path(folder).relative_to(root)
         folders[:] = [f for f in folders if not _pruned((relative / f).as_posix(), config)]
-        for name in names:
-            joined = (relative / name).as_posix()
-            if _wanted(joined, config):
-                yield joined
-
-
-def _wanted(name: str, config: SourceConfig) -> bool:
-    included = any(fnmatchcase(name, pattern) for pattern in config.include)
-    return included and not any(fnmatchcase(name, pattern) for pattern in config.exclude)
+        yield from ((relative / name).as_posix() for name in names)
 
 
 def _pruned(folder: str, config: SourceConfig) -> bool:
@@ -130,23 +246,71 @@ def _pruned(folder: str, config: SourceConfig) -> bool:
     return any(pattern.endswith("/*") and fnmatchcase(folder, pattern[:-2]) for pattern in config.exclude)
 
 
+def _dataset_files(filesystem: Any, root: str, names: list[str]) -> Iterator[str]:
+    """`names`, but of a folder that `datasets.save_to_disk` wrote only the files that hold its rows.
+
+    Such a folder has a state.json that lists them; caches and descriptions lie beside.
+    """
+    present = set(names)
+    saved: dict[str, set[str]] = {}
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if last == "state.json" and (f"{folder}/" if folder else "") + "dataset_info.json" in present:
+            saved[folder] = _rows_of(filesystem, root, name)
+    for name in names:
+        folder, _, last = name.rpartition("/")
+        if last == "dataset_dict.json" or (folder in saved and last not in saved[folder]):
+            continue
+        yield name
+
+
+def _rows_of(filesystem: Any, root: str, state: str) -> set[str]:
+    path = _join(root, state)
+    try:
+        with filesystem.open_input_stream(path, compression=None) as opened:
+            return {entry["filename"] for entry in json.loads(opened.read())["_data_files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not the state of a saved dataset: {error}", allowed="what datasets.save_to_disk writes",
+            next_step="save the dataset again, or leave the file out with source.exclude",
+        ) from error  # fmt: skip
+
+
+_hashed: dict[tuple[str, str], tuple[int, int, str]] = {}
+"""By file system and path: size, time of change and blake3 of files that this process hashed."""
+
+
+def _describe(filesystem: Any, root: str, name: str) -> SourceFile | Rejected:
+    path = _join(root, name)
+    try:
+        info = filesystem.get_file_info(path)
+        key, changed_ns = (filesystem.type_name, path), info.mtime_ns
+        known = _hashed.get(key)
+        if changed_ns is not None and known is not None and known[:2] == (info.size, changed_ns):
+            return SourceFile(name, info.size, known[2])
+        size, digest = _hash(filesystem, path)
+    except OSError as error:
+        return Rejected(name, 0, _reason(error))
+    if changed_ns is not None and changed_ns + _SETTLED_NS < time.time_ns():
+        _hashed[key] = (size, changed_ns, digest)
+    return SourceFile(name, size, digest)
+
+
+def _hash(filesystem: Any, path: str) -> tuple[int, str]:
+    hasher = blake3.blake3()
+    size = 0
+    with filesystem.open_input_stream(path, compression=None) as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+            size += len(chunk)
+    return size, hasher.hexdigest()
+
+
 def hash_fraction(salt: str, digest: str) -> float:
     """A number in [0, 1) that `salt` and `digest` decide; uniform over digests."""
     return int.from_bytes(blake3.blake3(f"{salt}\0{digest}".encode()).digest(6), "big") / 2**48
 
 
-def is_validation(file: SourceFile, split: SplitConfig) -> bool:
-    """Whether `file` is held out."""
-    return hash_fraction(split.salt, file.blake3) < split.validation_fraction
-
-
-def check_rejected(rejected: int, total: int, config: SourceConfig, first: Rejected | None) -> None:
-    """Raises `DataError` if more of a source's files are unusable than `max_bad_fraction` allows."""
-    if first is not None and rejected > config.max_bad_fraction * total:
-        raise DataError(
-            f"{rejected} of {total} files are unusable; the first is {first.name} at byte {first.offset}: "
-            f"{first.reason}",
-            received=round(rejected / total, 6),
-            allowed=f"source.max_bad_fraction {config.max_bad_fraction}",
-            next_step="mend or exclude the files (source.exclude), or raise source.max_bad_fraction",
-        )
+def is_validation(digest: str, split: SplitConfig) -> bool:
+    """Whether the document with this blake3 is held out: copies of one document never straddle the split."""
+    return hash_fraction(split.salt, digest) < split.validation_fraction

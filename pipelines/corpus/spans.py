@@ -1,15 +1,15 @@
 """Spans: the unit of work and of resumption when documents are encoded.
 
-A span is a run of files, in the order of their names, of about `span_bytes`; the plan follows from the listing alone.
-Encoding a span reads, cleans, splits, encodes and writes in one pass, and ends with a commit record. Whatever was
-committed is never done again; the shards come from the committed parts in the order of the plan. So they have the same
-bytes for any number of workers, any order of completion and any kills.
+A span is a run of pieces of a source (`pipelines.corpus.pieces`). Encoding it reads, cleans, filters, splits, encodes
+and writes in one pass, and ends with a commit record. Whatever was committed is never done again; the shards come from
+the committed parts in the order of the plan. So they have the same bytes for any number of workers, any order of
+completion and any kills.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,20 +20,27 @@ from pydantic import BaseModel, ConfigDict
 from actors.store.artifacts import file_blake3, sync_file, sync_folder, write_durably
 from configs.artifacts import hash_json
 from configs.errors import StorageError
-from configs.schema.corpus import SplitConfig
-from pipelines.corpus.clean import Rejected, decode
-from pipelines.corpus.encode import CHECKED_FRACTION, Backend, process_encoder
-from pipelines.corpus.shards import SPLITS, Tokens, document_schema, read_batch, token_column, write_batch
-from pipelines.corpus.sources import Listing, SourceFile, hash_fraction, is_validation
+from configs.schema.corpus import DedupConfig, SourceConfig, SplitConfig
+from pipelines.corpus.contamination import Registered, drop_overlapping, process_gate
+from pipelines.corpus.dedup import Fingerprints
+from pipelines.corpus.documents import Documents, Ledger, read_documents
+from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, process_encoder
+from pipelines.corpus.pieces import Piece
+from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_lists, write_batch
+from pipelines.corpus.sources import Listing, is_validation
+
+FINGERPRINTS = "fingerprints"
 
 
 @dataclass(frozen=True)
 class Span:
-    """Some files of a source, and all that is needed to encode them anywhere."""
+    """Some pieces of a source, and all that is needed to encode them anywhere."""
 
     number: int
     listing: Listing
-    """The source's root, and this span's files alone."""
+    """Where the source is; without its files."""
+    pieces: tuple[Piece, ...]
+    source: SourceConfig
     split: SplitConfig
     tokenizer: Path
     tokenizer_digest: str
@@ -41,55 +48,55 @@ class Span:
     dtype: str
     parts: Path
     """Folder of parts and commit records."""
+    dedup: DedupConfig | None = None
+    """What its documents are fingerprinted for."""
+    evaluation: Registered | None = None
+    """Evaluation sets that its training documents may not overlap with."""
 
     @property
     def key(self) -> str:
         """What decides the part's content."""
-        files = [[f.name, f.blake3] for f in self.listing.files]
-        return hash_json([files, self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype])
+        pieces = [[p.file.name, p.file.blake3, p.begin, p.end] for p in self.pieces]
+        source = self.source.model_dump(mode="json", exclude={"path", "include", "exclude", "max_bad_fraction"})
+        dedup = None if self.dedup is None else self.dedup.model_dump()
+        evaluation = None if self.evaluation is None else self.evaluation.digest
+        encoding = [self.split.model_dump(), self.tokenizer_digest, self.backend, self.dtype]
+        return hash_json([pieces, source, *encoding, dedup, evaluation])
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of stored files that the span stands for."""
+        return sum(p.size_bytes for p in self.pieces)
 
 
 class Commit(BaseModel):
-    """Says that a span's parts are on disk, whole."""
+    """Says that a span's parts are on disk, whole, and what became of everything that was read for them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
     parts: dict[str, str]
-    """blake3 of each split's part."""
-    text_bytes: int
+    """blake3 of each split's part, and of the fingerprints where there are any."""
     tokens: int
-    empty: int
-    """Files without content; they become no document."""
-    rejected: tuple[Rejected, ...]
+    ledger: Ledger
     differing: tuple[str, ...]
     """Names of the documents that gigatoken and `tokenizers` encoded differently."""
 
 
-def plan_spans(files: Sequence[SourceFile], span_bytes: int) -> list[tuple[SourceFile, ...]]:
-    """Cuts `files` into runs that end with the file that reaches `span_bytes`."""
-    spans: list[tuple[SourceFile, ...]] = []
-    pending: list[SourceFile] = []
-    size = 0
-    for file in files:
-        pending.append(file)
-        size += file.size_bytes
-        if size >= span_bytes:
-            spans.append(tuple(pending))
-            pending, size = [], 0
-    return [*spans, tuple(pending)] if pending else spans
+def part_path(parts: Path, number: int, name: str) -> Path:
+    """Where the part of span `number` is: a split's, or `FINGERPRINTS`."""
+    return parts / f"{number:06d}-{name}.arrow"
 
 
-def part_path(parts: Path, number: int, split: str) -> Path:
-    """Where the part of span `number` for `split` is."""
-    return parts / f"{number:06d}-{split}.arrow"
+def read_commit(parts: Path, number: int) -> Commit:
+    """The commit record of span `number`. Raises `FileNotFoundError` or `ValueError` if there is none."""
+    return Commit.model_validate_json((parts / f"{number:06d}.json").read_bytes())
 
 
 def load_commit(span: Span) -> Commit | None:
     """The commit record of a span that was encoded before; None if there is none, or its parts are not what it says."""
-    path = _commit_path(span)
     try:
-        commit = Commit.model_validate_json(path.read_bytes())
+        commit = read_commit(span.parts, span.number)
     except (FileNotFoundError, ValueError):
         return None
     paths = {split: part_path(span.parts, span.number, split) for split in commit.parts}
@@ -97,78 +104,107 @@ def load_commit(span: Span) -> Commit | None:
     return commit if whole and commit.key == span.key else None
 
 
-def _commit_path(span: Span) -> Path:
-    return span.parts / f"{span.number:06d}.json"
-
-
 @dataclass
 class _Part:
     """Documents of one split, gathered while a span is read."""
 
-    files: list[SourceFile] = field(default_factory=list)
+    columns: Documents = field(default_factory=Documents)
+    """Without texts."""
+    sizes: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
+    """Of many documents each."""
 
-    def batch(self, dtype: str) -> pa.RecordBatch:
+    def add(self, documents: Documents, rows: list[int], encoder: Encoder, dtype: str) -> None:
+        """Adds some rows of `documents`; the tokens of each are ended by end-of-text."""
+        if not rows:
+            return
+        self.columns.extend(documents, rows)
+        self.sizes.extend(len(documents.texts[row]) for row in rows)
+        end = np.array([encoder.end_of_text_id], dtype=np.uint32)
+        ids = [encoder.encode(documents.texts[row]) for row in rows]
+        self.lengths.extend(len(i) + 1 for i in ids)
+        self.tokens.append(np.concatenate([part for i in ids for part in (i, end)]).astype(dtype))
+
+    def batch(self, span: Span) -> pa.RecordBatch:
+        """All of it as Arrow columns."""
+        labels = {"id": self.columns.ids, "source": self.columns.sources, "label": self.columns.labels}
+        mapped = [label for label in labels if getattr(span.source.fields, label) is not None]
         columns = [
-            pa.array([f.name for f in self.files], pa.string()),
-            pa.array([f.size_bytes for f in self.files], pa.uint64()),
-            pa.array([f.blake3 for f in self.files], pa.string()),
-            token_column(self.tokens, dtype),
+            pa.array(self.columns.names, pa.string()),
+            pa.array(self.sizes, pa.uint64()),
+            pa.array(self.columns.digests, pa.string()),
+            *(pa.array(labels[label], pa.string()) for label in mapped),
+            token_lists(self.tokens, self.lengths, span.dtype),
         ]
-        return pa.RecordBatch.from_arrays(columns, schema=document_schema(dtype))
+        return pa.RecordBatch.from_arrays(columns, schema=document_schema(span.dtype, mapped))
 
 
 def encode_span(span: Span) -> Commit:
-    """Reads, cleans, splits and encodes a span; writes its parts and, last, its commit record.
+    """Reads, cleans, filters, splits and encodes a span; writes its parts and, last, its commit record.
 
     Raises:
         DataError: a file changed since it was listed.
         StorageError: the parts cannot be written.
     """
     encoder = process_encoder(span.tokenizer, span.backend)
+    gate = None if span.evaluation is None else process_gate(span.evaluation)
+    fingerprints = None if span.dedup is None else Fingerprints(span.dedup)
     parts: dict[str, _Part] = {split: _Part() for split in SPLITS}
-    rejected: list[Rejected] = []
+    ledger = Ledger()
     differing: list[str] = []
-    empty = 0
-    for file in span.listing.files:
-        text = decode(file.name, span.listing.read(file))
-        if isinstance(text, Rejected):
-            rejected.append(text)
-            continue
-        if not text:
-            empty += 1
-            continue
-        ids = encoder.encode(text)
-        if hash_fraction("check", file.blake3) < CHECKED_FRACTION and not encoder.agrees(text):
-            differing.append(file.name)
-        part = parts["validation" if is_validation(file, span.split) else "train"]
-        part.files.append(file)
-        part.tokens.append(np.append(ids.astype(span.dtype), np.array(encoder.end_of_text_id, dtype=span.dtype)))
-    return _commit(span, parts, empty, tuple(rejected), tuple(differing))
+    for documents in read_documents(span.listing, span.pieces, span.source, ledger):
+        held_out = [is_validation(digest, span.split) for digest in documents.digests]
+        kept = range(len(held_out)) if gate is None else drop_overlapping(documents, held_out, gate, ledger)
+        if fingerprints is not None:
+            for row in kept:
+                fingerprints.add(documents.texts[row], "validation" if held_out[row] else "train")
+        for split, part in parts.items():
+            rows = [row for row in kept if held_out[row] == (split == "validation")]
+            part.add(documents, rows, encoder, span.dtype)
+        differing.extend(_differing(documents, encoder))
+    return _commit(span, parts, fingerprints, ledger, tuple(differing))
+
+
+def is_checked(digest: str) -> bool:
+    """Whether the document with this blake3 is one of the `CHECKED_FRACTION` that both backends encode."""
+    return int(digest[:8], 16) < CHECKED_FRACTION * 2**32
+
+
+def _differing(documents: Documents, encoder: Encoder) -> Iterator[str]:
+    """Names of those among the documents that are checked that the encoder's backends disagree on."""
+    for name, digest, text in zip(documents.names, documents.digests, documents.texts, strict=True):
+        if is_checked(digest) and not encoder.agrees(text.decode()):
+            yield name
 
 
 def _commit(
-    span: Span, parts: dict[str, _Part], empty: int, rejected: tuple[Rejected, ...], differing: tuple[str, ...]
+    span: Span,
+    parts: dict[str, _Part],
+    fingerprints: Fingerprints | None,
+    ledger: Ledger,
+    differing: tuple[str, ...],
 ) -> Commit:
+    batches = {split: part.batch(span) for split, part in parts.items()}
+    if fingerprints is not None:
+        batches[FINGERPRINTS] = fingerprints.batch()
     written = {}
     try:
-        for split, part in parts.items():
-            path = part_path(span.parts, span.number, split)
+        for name, batch in batches.items():
+            path = part_path(span.parts, span.number, name)
             temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            write_batch(temporary, part.batch(span.dtype))
+            write_batch(temporary, batch)
             sync_file(temporary)
-            written[split] = file_blake3(temporary)
+            written[name] = file_blake3(temporary)
             temporary.replace(path)
         commit = Commit(
             key=span.key,
             parts=written,
-            text_bytes=sum(f.size_bytes for part in parts.values() for f in part.files),
-            tokens=sum(len(tokens) for part in parts.values() for tokens in part.tokens),
-            empty=empty,
-            rejected=rejected,
+            tokens=sum(sum(part.lengths) for part in parts.values()),
+            ledger=ledger,
             differing=differing,
         )
-        write_durably(_commit_path(span), commit.model_dump_json().encode())
+        write_durably(span.parts / f"{span.number:06d}.json", commit.model_dump_json().encode())
         sync_folder(span.parts)
     except OSError as error:
         raise StorageError(
@@ -176,9 +212,3 @@ def _commit(
             next_step="free disk space or mend the permissions, then run the same command: committed spans are kept",
         ) from error
     return commit
-
-
-def committed_documents(parts: Path, spans: int, split: str) -> Iterator[pa.RecordBatch]:
-    """The documents of a split, span by span in the order of the plan."""
-    for number in range(spans):
-        yield read_batch(part_path(parts, number, split))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,11 +16,16 @@ from actors.text import CONTRACT
 from configs.artifacts import TextContract
 from configs.errors import ContractError, DataError
 from configs.schema.corpus import CorpusConfig
-from pipelines.corpus.clean import Rejected, decode
+from pipelines.corpus.account import Account
+from pipelines.corpus.contamination import Registered, evaluation_sets, register, set_digest, settle
+from pipelines.corpus.documents import Ledger, sample_texts
 from pipelines.corpus.encode import Backend, Encoder, choose_backend
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CorpusIndex, write_split
-from pipelines.corpus.sources import Listing, check_rejected, hash_fraction, list_source
-from pipelines.corpus.spans import Commit, Span, committed_documents, encode_span, load_commit, plan_spans
+from pipelines.corpus.pieces import choose_span_bytes, plan_spans
+from pipelines.corpus.report import Tally, metrics, render, split_figures
+from pipelines.corpus.selection import Selection
+from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CheckedSet, CorpusIndex, write_split
+from pipelines.corpus.sources import Listing, Rejected, check_unchanged, list_source
+from pipelines.corpus.spans import Commit, Span, encode_span, load_commit, read_commit
 from pipelines.corpus.tasks import run_bounded
 from pipelines.stage import Progress, StageContext
 
@@ -32,11 +38,12 @@ class CorpusStage:
 
     kind: ClassVar[str] = "corpus"
     artifact_kind: ClassVar[str | None] = "corpus"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: CorpusConfig) -> Mapping[str, str]:
-        """Digest of the source."""
-        return {"source": list_source(config.source).digest}
+        """Digests of the source and of the evaluation sets in files."""
+        sets = {f"contamination.{name}": set_digest(one) for name, one in config.contamination.sets.items()}
+        return {"source": list_source(config.source).digest, **sets}
 
     def run(self, config: CorpusConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
         """Writes shards, index, report and quarantine. Ray must be initialised.
@@ -50,48 +57,53 @@ class CorpusStage:
         listing = list_source(config.source)
         tokenizer = inputs["tokenizer"]
         contract = _read_contract(tokenizer.path)
-        backend, reason = choose_backend(tokenizer.path, _sample(listing))
-        commits = _encode(config, listing, tokenizer, backend, context)
-        differing = [name for commit in commits for name in commit.differing]
-        if differing:
-            backend, reason = "tokenizers", f"gigatoken encoded {differing[0]} differently"
-            commits = _encode(config, listing, tokenizer, backend, context)
-        rejected = sorted(
-            [*listing.unreadable, *(r for c in commits for r in c.rejected)], key=lambda r: (r.name, r.offset)
-        )
-        total = len(listing.files) + len(listing.unreadable)
-        check_rejected(len(rejected), total, config.source, next(iter(rejected), None))
+        sample = sample_texts(listing, config.source, "probe", _SAMPLE_BYTES, Ledger())
+        backend, reason = choose_backend(tokenizer.path, (text.decode() for text in sample))
+        sets = evaluation_sets(config, inputs)
+        evaluation = register(sets, config.contamination, context.work / "evaluation.arrow") if sets else None
+        encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
+        if encoded.differing is not None:
+            backend, reason = "tokenizers", f"gigatoken encoded {encoded.differing} differently"
+            encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
+        check_unchanged(listing, config.source)
+        parts = _parts(context, backend)
+        account = _account(listing, parts, encoded.spans, context.out / "quarantine.jsonl")
+        files = len(listing.files) + len(listing.unreadable)
+        account.check(files, config.source)
+        checked = settle(evaluation, account, config.contamination)
+        selection = Selection.make(parts, encoded.spans, config.dedup)
+        account.leave_out(selection.dropped)
 
         context.check_lease()
-        index = _merge(config, tokenizer.path, contract, _parts(context, backend), len(commits), context.out)
-        _write_quarantine(context.out / "quarantine.jsonl", rejected)
+        tally = Tally()
+        index = _merge(config, tokenizer.path, contract, selection, tally, checked, context.out)
         report = {
             "source_digest": listing.digest,
-            "files": total,
-            "quarantined": len(rejected),
-            "empty": sum(c.empty for c in commits),
+            "files": files,
+            **account.summary(),
+            **tally.figures(),
+            "duplicates": selection.figures(),
+            "contamination": {name: one.model_dump() for name, one in checked.items()},
             "vocab_size": index.vocab_size,
-            **{
-                split: {
-                    "documents": s.documents,
-                    "tokens": s.tokens,
-                    "text_bytes": s.text_bytes,
-                    "bytes_per_token": round(s.text_bytes / s.tokens, 4),
-                    "shards": len(s.shards),
-                }
-                for split, s in index.splits.items()
-            },
+            **split_figures(index.splits),
         }
-        (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
-        for split, s in index.splits.items():
-            profile = {"documents": s.documents, "tokens": s.tokens, "text_bytes": s.text_bytes}
-            context.run.log_dataset(
-                name=f"{context.name}-{split}", digest=listing.digest, uri=config.source.path, context=split,
-                profile=profile,
-            )  # fmt: skip
+        _publish(report, config, index, context)
         seconds = time.monotonic() - started
         speed = {"seconds": seconds, "megabytes_per_second": listing.size_bytes / 1e6 / seconds}
         return {**report, **speed, "encoder": backend, "encoder_reason": reason}
+
+
+def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
+    """Writes the report, and tells the tracker what is in it."""
+    (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    (context.out / "report.html").write_text(render(report), encoding="utf-8")
+    context.run.log_file(context.out / "report.html")
+    context.run.log_metrics(metrics(report), step=0)
+    for split, s in index.splits.items():
+        context.run.log_dataset(
+            name=f"{context.name}-{split}", digest=report["source_digest"], uri=config.source.path, context=split,
+            profile={"documents": s.documents, "tokens": s.tokens, "text_bytes": s.text_bytes},
+        )  # fmt: skip
 
 
 def _parts(context: StageContext, backend: Backend) -> Path:
@@ -111,22 +123,33 @@ def _read_contract(tokenizer: Path) -> TextContract:
         ) from error
 
 
-def _sample(listing: Listing) -> Iterator[str]:
-    """The first documents in the order of a hash, until they make `_SAMPLE_BYTES`."""
-    size = 0
-    for file in sorted(listing.files, key=lambda f: (hash_fraction("probe", f.blake3), f.name)):
-        if size >= _SAMPLE_BYTES:
-            return
-        text = decode(file.name, listing.read(file))
-        if isinstance(text, str):
-            size += file.size_bytes
-            yield text
+@dataclass(frozen=True)
+class _Encoded:
+    """What encoding ended with."""
+
+    spans: int
+    differing: str | None
+    """A document that the backend and `tokenizers` encoded differently: nothing that was encoded may be used."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What the driver keeps of a span that is committed."""
+
+    size_bytes: int
+    tokens: int
+    differing: tuple[str, ...]
 
 
 def _encode(
-    config: CorpusConfig, listing: Listing, tokenizer: Artifact, backend: Backend, context: StageContext
-) -> list[Commit]:
-    """Encodes what is not committed yet; returns the commits in the order of the plan.
+    config: CorpusConfig,
+    listing: Listing,
+    tokenizer: Artifact,
+    backend: Backend,
+    evaluation: Registered | None,
+    context: StageContext,
+) -> _Encoded:
+    """Encodes what is not committed yet.
 
     Stops at the first span in which the backend and `tokenizers` differ, because none of its parts will be used.
     """
@@ -134,37 +157,63 @@ def _encode(
     parts.mkdir(parents=True, exist_ok=True)
     vocab_size = Encoder.load(tokenizer.path, backend).vocab_size
     first = Span(
-        number=0, listing=listing, split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest,
-        backend=backend, dtype=_dtype(vocab_size), parts=parts,
+        number=0, listing=replace(listing, files=(), unreadable=()), pieces=(), source=config.source,
+        split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest, backend=backend,
+        dtype=_dtype(vocab_size), parts=parts, dedup=config.dedup, evaluation=evaluation,
     )  # fmt: skip
-    plan = plan_spans(listing.files, config.span_bytes)
-    spans = [replace(first, number=n, listing=Listing(listing.root, files, ())) for n, files in enumerate(plan)]
-    commits = {span.number: commit for span in spans if (commit := load_commit(span)) is not None}
-    kept = sum(spans[n].listing.size_bytes for n in commits)
+    plan = plan_spans(listing, config.source, config.span_bytes or choose_span_bytes(listing.size_bytes))
+    spans = [replace(first, number=n, pieces=pieces) for n, pieces in enumerate(plan)]
+    done = {span.number: _done(span, commit) for span in spans if (commit := load_commit(span)) is not None}
+    kept = sum(d.size_bytes for d in done.values())
+    total, tokens = kept, sum(d.tokens for d in done.values())
     started = time.monotonic()
 
     def advance() -> None:
-        done = sum(spans[n].listing.size_bytes for n in commits)
         elapsed = max(time.monotonic() - started, 1e-3)
-        tokens = sum(c.tokens for c in commits.values())
-        figures = {"MB/s": (done - kept) / 1e6 / elapsed, "tokens": tokens}
-        context.progress(Progress(done / 1e6, listing.size_bytes / 1e6, "MB", figures))
+        figures = {"MB/s": (total - kept) / 1e6 / elapsed, "tokens": tokens}
+        context.progress(Progress(total / 1e6, listing.size_bytes / 1e6, "MB", figures))
 
     advance()
-    settled = any(commit.differing for commit in commits.values())
-    todo = [] if settled else [span for span in spans if span.number not in commits]
-    with closing(run_bounded(_encode_numbered, todo, in_flight=config.max_in_flight)) as results:
-        for number, commit in results:
+    differing = next((name for n in sorted(done) for name in done[n].differing), None)
+    todo = [span for span in spans if span.number not in done] if differing is None else []
+    with closing(run_bounded(_encode_one, todo, in_flight=config.max_in_flight)) as results:
+        for result in results:
             context.check_lease()
-            commits[number] = commit
+            total, tokens = total + result.size_bytes, tokens + result.tokens
             advance()
-            if commit.differing:
+            if result.differing:
+                differing = result.differing[0]
                 break
-    return [commits[number] for number in sorted(commits)]
+    return _Encoded(len(spans), differing)
 
 
-def _encode_numbered(span: Span) -> tuple[int, Commit]:
-    return span.number, encode_span(span)
+def _encode_one(span: Span) -> _Done:
+    return _done(span, encode_span(span))
+
+
+def _done(span: Span, commit: Commit) -> _Done:
+    return _Done(span.size_bytes, commit.tokens, commit.differing)
+
+
+def _account(listing: Listing, parts: Path, spans: int, quarantine: Path) -> Account:
+    """Sums the commit records, and writes what is unusable, by file and place."""
+    account = Account()
+    account.reject(listing.unreadable)
+
+    def rejected() -> Iterator[Rejected]:
+        for number in range(spans):
+            ledger = read_commit(parts, number).ledger
+            account.add(ledger)
+            yield from sorted(ledger.rejected, key=_place)
+
+    with quarantine.open("w", encoding="utf-8") as lines:
+        for r in heapq.merge(sorted(listing.unreadable, key=_place), rejected(), key=_place):
+            lines.write(json.dumps({"path": r.name, "offset": r.offset, "reason": r.reason}) + "\n")
+    return account
+
+
+def _place(rejected: Rejected) -> tuple[str, int]:
+    return rejected.name, rejected.offset
 
 
 def _dtype(vocab_size: int) -> str:
@@ -172,13 +221,19 @@ def _dtype(vocab_size: int) -> str:
 
 
 def _merge(
-    config: CorpusConfig, tokenizer: Path, contract: TextContract, parts: Path, spans: int, out: Path
+    config: CorpusConfig,
+    tokenizer: Path,
+    contract: TextContract,
+    selection: Selection,
+    tally: Tally,
+    checked: dict[str, CheckedSet],
+    out: Path,
 ) -> CorpusIndex:
-    """Writes the shards and the index from the committed parts."""
+    """Writes the shards and the index from what was selected of the committed parts."""
     encoder = Encoder.load(tokenizer, "tokenizers")
     splits = {}
     for split in SPLITS:
-        record = write_split(out, split, committed_documents(parts, spans, split), config.shard_tokens)
+        record = write_split(out, split, tally.count(selection.documents(split)), config.shard_tokens)
         if not record.documents:
             raise DataError(
                 f"no document of the source is in split {split}",
@@ -194,11 +249,7 @@ def _merge(
         contract=contract.hash,
         block_bytes=BLOCK_BYTES,
         splits=splits,
+        checked=checked,
     )
     write_durably(out / INDEX, index.model_dump_json(indent=1).encode() + b"\n")
     return index
-
-
-def _write_quarantine(path: Path, rejected: list[Rejected]) -> None:
-    lines = [json.dumps({"path": r.name, "offset": r.offset, "reason": r.reason}) + "\n" for r in rejected]
-    path.write_text("".join(lines))

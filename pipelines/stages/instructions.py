@@ -7,17 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from actors.store.artifacts import Artifact
 from configs.errors import DataError
 from configs.schema.corpus import InstructionsConfig
-from pipelines.corpus.clean import Rejected, decode
+from pipelines.corpus.account import Account
+from pipelines.corpus.documents import Ledger, read_documents
 from pipelines.corpus.instructions import Pair, Task, deduplicate, parse_pairs
-from pipelines.corpus.sources import Listing, check_rejected, is_validation, list_source
-from pipelines.corpus.spans import plan_spans
+from pipelines.corpus.pieces import Piece, plan_spans
+from pipelines.corpus.sources import Listing, Rejected, is_validation, list_source
 from pipelines.corpus.tasks import run_bounded
 from pipelines.stage import Progress, StageContext
 
@@ -32,8 +33,8 @@ class _Parsed:
     size_bytes: int
     train: list[Pair]
     heldout: list[Pair]
-    rejected: list[Rejected]
-    unparsable: list[Rejected]
+    ledger: Ledger
+    unparsable: list[str]
 
 
 class InstructionsStage:
@@ -56,9 +57,13 @@ class InstructionsStage:
         started = time.monotonic()
         listing = list_source(config.source)
         found = _parse_all(config, listing, context)
-        rejected = sorted([*listing.unreadable, *(r for p in found for r in p.rejected)], key=lambda r: r.name)
+        unusable = [*listing.unreadable, *(r for p in found for r in p.ledger.rejected)]
         total = len(listing.files) + len(listing.unreadable)
-        check_rejected(len(rejected), total, config.source, next(iter(rejected), None))
+        account = Account()
+        account.reject(listing.unreadable)
+        for parsed in found:
+            account.add(parsed.ledger)
+        account.check(total, config.source)
 
         seen: set[Any] = set()
         pairs = {
@@ -72,8 +77,10 @@ class InstructionsStage:
         report = {
             "source_digest": listing.digest,
             "files": total,
-            "not_text": [{"path": r.name, "offset": r.offset, "reason": r.reason} for r in rejected],
-            "not_python": sorted(r.name for p in found for r in p.unparsable),
+            "not_text": [
+                {"path": r.name, "offset": r.offset, "reason": r.reason} for r in sorted(unusable, key=_place)
+            ],
+            "not_python": sorted(name for p in found for name in p.unparsable),
             "pairs": {name: dict(sorted(c.items())) for name, c in counts.items()},
             "duplicates": sum(len(p.train) + len(p.heldout) for p in found) - sum(map(len, pairs.values())),
             "mean_prompt_chars": _mean([len(p.prompt) for p in pairs["train"]]),
@@ -89,11 +96,12 @@ class InstructionsStage:
 
 
 def _parse_all(config: InstructionsConfig, listing: Listing, context: StageContext) -> list[_Parsed]:
-    spans = [Listing(listing.root, files, ()) for files in plan_spans(listing.files, _SPAN_BYTES)]
+    place = replace(listing, files=(), unreadable=())
+    spans = [(place, pieces, config) for pieces in plan_spans(listing, config.source, _SPAN_BYTES)]
     found: list[_Parsed] = []
     done = 0
     context.progress(Progress(0, listing.size_bytes / 1e6, "MB"))
-    with closing(run_bounded(_parse_span, [(span, config) for span in spans])) as results:
+    with closing(run_bounded(_parse_span, spans)) as results:
         for parsed in results:
             context.check_lease()
             found.append(parsed)
@@ -103,19 +111,20 @@ def _parse_all(config: InstructionsConfig, listing: Listing, context: StageConte
     return found
 
 
-def _parse_span(argument: tuple[Listing, InstructionsConfig]) -> _Parsed:
-    span, config = argument
-    result = _Parsed(span.size_bytes, [], [], [], [])
-    for file in span.files:
-        text = decode(file.name, span.read(file))
-        if isinstance(text, Rejected):
-            result.rejected.append(text)
-            continue
-        pairs = parse_pairs(file.name, text, config)
-        if isinstance(pairs, str):
-            result.unparsable.append(Rejected(file.name, 0, pairs))
-        else:
-            (result.heldout if is_validation(file, config.split) else result.train).extend(pairs)
+def _place(rejected: Rejected) -> tuple[str, int]:
+    return rejected.name, rejected.offset
+
+
+def _parse_span(argument: tuple[Listing, tuple[Piece, ...], InstructionsConfig]) -> _Parsed:
+    listing, pieces, config = argument
+    result = _Parsed(sum(p.size_bytes for p in pieces), [], [], Ledger(), [])
+    for documents in read_documents(listing, pieces, config.source, result.ledger):
+        for name, digest, text in zip(documents.names, documents.digests, documents.texts, strict=True):
+            pairs = parse_pairs(name, text.decode(), config)
+            if isinstance(pairs, str):
+                result.unparsable.append(name)
+            else:
+                (result.heldout if is_validation(digest, config.split) else result.train).extend(pairs)
     return result
 
 

@@ -1,24 +1,34 @@
-"""Stage `tokenizer`: learn a vocabulary from a source, and pin the text contract."""
+"""Stage `tokenizer`: learn a vocabulary from a source, or take an existing one, and pin the text contract."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from actors.store.artifacts import Artifact
 from actors.text import CONTRACT, make_contract
 from configs.errors import DataError
-from configs.schema.corpus import TokenizerConfig
-from pipelines.corpus.clean import Rejected, decode
-from pipelines.corpus.encode import Encoder
-from pipelines.corpus.sources import Listing, SourceFile, check_rejected, hash_fraction, is_validation, list_source
+from configs.schema.corpus import SourceConfig, SplitConfig, TokenizerConfig
+from pipelines.corpus.account import Account
+from pipelines.corpus.documents import Ledger, sample_texts
+from pipelines.corpus.encode import Encoder, choose_backend
+from pipelines.corpus.sources import Listing, is_validation, list_source
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
+from pipelines.corpus.vocabulary import (
+    Fit,
+    copy_existing,
+    escaping_specials,
+    existing_digest,
+    measure,
+    unknown_id,
+)
 from pipelines.stage import Progress, StageContext
 
 _MEASURED_BYTES = 4_000_000
-"""Held-out text that the compression is measured on."""
+"""Held-out text of a source that the fit is measured on."""
 
 
 class TokenizerStage:
@@ -26,63 +36,98 @@ class TokenizerStage:
 
     kind: ClassVar[str] = "tokenizer"
     artifact_kind: ClassVar[str | None] = "tokenizer"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: TokenizerConfig) -> Mapping[str, str]:
-        """Digest of the source."""
-        return {"source": list_source(config.source).digest}
+        """Digests of the sources, and of the existing tokenizer where there is one."""
+        digests = {"source": list_source(config.source).digest}
+        for name, source in config.measured_on.items():
+            digests[f"measured_on.{name}"] = list_source(source).digest
+        if config.existing is not None:
+            digests["existing"] = existing_digest(_folder(config.existing))
+        return digests
 
     def run(self, config: TokenizerConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
         """Writes the tokenizer, its contract and a report.
 
         Raises:
-            DataError: the training split holds no text, or too many files are unusable.
+            ContractError: the existing tokenizer cannot be used.
+            DataError: there is no text to learn from or to measure on, or too much of a source is unusable.
         """
         started = time.monotonic()
         listing = list_source(config.source)
-        rejected: list[Rejected] = [*listing.unreadable]
-        training = [f for f in listing.files if not is_validation(f, config.split)]
-        sample = list(_texts(listing, training, config.sample_bytes, rejected))
-        check_rejected(
-            len(rejected), len(listing.files) + len(listing.unreadable), config.source, next(iter(rejected), None)
-        )
-        if not sample:
-            raise DataError(
-                "no text to learn a tokenizer from", received=config.source.path,
-                allowed="a source with at least one file of text in its training split",
-                next_step="correct source.path, or lower split.validation_fraction",
-            )  # fmt: skip
-        sample_bytes = sum(len(text.encode()) for text in sample)
-        context.progress(Progress(0, sample_bytes / 1e6, "MB"))
-        save_tokenizer(train_tokenizer(sample, config.vocab_size), context.out)
-        context.progress(Progress(sample_bytes / 1e6, sample_bytes / 1e6, "MB"))
+        if config.existing is None:
+            learned = _train(config, listing, context)
+        else:
+            copy_existing(_folder(config.existing), context.out, config.end_of_text)
+            learned = {"algorithm": "existing"}
         contract = make_contract(context.out)
         (context.out / CONTRACT).write_text(contract.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-        held_out = [f for f in listing.files if is_validation(f, config.split)]
-        encoder = Encoder.load(context.out, "gigatoken")
-        measured = list(_texts(listing, held_out or training, _MEASURED_BYTES, []))
-        tokens = sum(len(encoder.encode(text)) for text in measured)
-        report = {
-            "vocab_size": encoder.vocab_size,
-            "documents": len(sample),
-            "sample_bytes": sample_bytes,
-            "bytes_per_token": round(sum(len(text.encode()) for text in measured) / tokens, 4),
-            "contract": contract.hash,
-        }
-        (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+        report = {**learned, **_fit(config, listing, context.out), "contract": contract.hash}
+        (context.out / "report.json").write_text(
+            json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        figures = ("vocab_size", "bytes_per_token", "unknown_rate", "fertility")
+        context.run.log_metrics({f"tokenizer/{name}": float(report[name]) for name in figures}, step=0)
         return {**report, "seconds": time.monotonic() - started}
 
 
-def _texts(listing: Listing, files: list[SourceFile], limit_bytes: int, rejected: list[Rejected]) -> Iterator[str]:
-    """Texts in the order of a hash of their content until they make `limit_bytes`; unusable files go to `rejected`."""
-    size = 0
-    for file in sorted(files, key=lambda f: (hash_fraction("sample", f.blake3), f.name)):
-        if size >= limit_bytes:
+def _folder(existing: str) -> Path:
+    return Path(existing).expanduser()
+
+
+def _train(config: TokenizerConfig, listing: Listing, context: StageContext) -> dict[str, Any]:
+    ledger, account = Ledger(), Account()
+    wanted = sample_texts(
+        listing, config.source, "sample", config.sample_bytes, ledger, lambda d: not is_validation(d, config.split)
+    )
+    sample = [text.decode() for text in wanted]
+    account.reject(listing.unreadable)
+    account.add(ledger)
+    account.check(len(listing.files) + len(listing.unreadable), config.source)
+    if not sample:
+        raise _no_text("to learn a tokenizer from", config.source)
+    sample_bytes = sum(len(text.encode()) for text in sample)
+    context.progress(Progress(0, sample_bytes / 1e6, "MB"))
+    save_tokenizer(train_tokenizer(sample, config.vocab_size, config.algorithm), context.out)
+    context.progress(Progress(sample_bytes / 1e6, sample_bytes / 1e6, "MB"))
+    return {"algorithm": config.algorithm, "sample_documents": len(sample), "sample_bytes": sample_bytes}
+
+
+def _no_text(purpose: str, source: SourceConfig) -> DataError:
+    return DataError(
+        f"no text {purpose}", received=source.path,
+        allowed="a source with text in its training split",
+        next_step="correct source.path, or lower split.validation_fraction",
+    )  # fmt: skip
+
+
+def _fit(config: TokenizerConfig, listing: Listing, folder: Path) -> dict[str, Any]:
+    """How the tokenizer fits held-out text of each source, as its backend encodes it."""
+    by_source: dict[str, Fit] = {}
+    unknown = unknown_id(folder)
+    sources = {"source": config.source, **config.measured_on}
+    backend, _ = choose_backend(folder, [])
+    encoder = Encoder.load(folder, backend)
+    for name, source in sources.items():
+        found = listing if name == "source" else list_source(source)
+        by_source[name] = measure(encoder, _held_out(found, source, config.split), unknown)
+        if not by_source[name].tokens:
+            raise _no_text(f"to measure a tokenizer on in {name}", source)
+    return {
+        "vocab_size": encoder.vocab_size,
+        **by_source["source"].figures(),
+        "by_source": {name: fit.figures() for name, fit in by_source.items()},
+        "special_tokens_from_text": escaping_specials(folder, encoder, unknown),
+    }
+
+
+def _held_out(listing: Listing, source: SourceConfig, split: SplitConfig) -> Iterator[str]:
+    """Text of the validation split, or of all where that is empty."""
+    for wanted in (lambda digest: is_validation(digest, split), lambda digest: True):
+        found = False
+        for text in sample_texts(listing, source, "sample", _MEASURED_BYTES, Ledger(), wanted):
+            found = True
+            yield text.decode()
+        if found:
             return
-        text = decode(file.name, listing.read(file))
-        if isinstance(text, Rejected):
-            rejected.append(text)
-        elif text:
-            size += file.size_bytes
-            yield text

@@ -115,10 +115,10 @@ def test_an_interrupted_stage_finds_its_work_folder_again(bench: Bench) -> None:
 
 def test_drift_names_the_keys_and_another_version_keeps_both(bench: Bench) -> None:
     bench.run()
-    stages: dict[str, Any] = {**RECIPE["stages"], "corpus": {**RECIPE["stages"]["corpus"], "span_bytes": 8192}}  # type: ignore[index,dict-item]
+    stages: dict[str, Any] = {**RECIPE["stages"], "corpus": {**RECIPE["stages"]["corpus"], "shard_tokens": 8192}}  # type: ignore[index,dict-item]
     with pytest.raises(DriftError) as caught:
         bench.run({"stages": stages})
-    assert caught.value.received == "config.span_bytes: 1048576 -> 8192"
+    assert caught.value.received == "config.shard_tokens: 4194304 -> 8192"
     assert "--set version=2" in str(caught.value)
     report = bench.run({"stages": stages, "version": 2})
     assert [(o.status, o.ref) for o in report.outcomes] == [

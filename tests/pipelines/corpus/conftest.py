@@ -36,6 +36,12 @@ def make_context(tmp_path: Path) -> Callable[[str], StageContext]:
     return lambda name: stage_context(tmp_path / name)
 
 
+@pytest.fixture(scope="session")
+def context_at() -> Callable[[Path], StageContext]:
+    """The same in a folder of the caller's choice, for fixtures that live longer than a test."""
+    return stage_context
+
+
 def stage_context(folder: Path) -> StageContext:
     (folder / "work").mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "out", ignore_errors=True)

@@ -1,24 +1,25 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import blake3
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from actors.store.artifacts import Artifact
 from actors.text import make_contract
 from configs.errors import ContractError, DataError
-from configs.schema.corpus import CorpusConfig, SourceConfig, SplitConfig
-from pipelines.corpus.encode import CHECKED_FRACTION
+from configs.schema.corpus import CorpusConfig, FieldsConfig, SourceConfig, SplitConfig
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.shards import CorpusIndex
 from pipelines.corpus.sources import hash_fraction, is_validation, list_source
-from pipelines.corpus.spans import Commit
+from pipelines.corpus.spans import Commit, is_checked
 from pipelines.corpus.tokenizer import save_tokenizer
-from pipelines.stage import StageContext
+from pipelines.stage import Progress, StageContext
 from pipelines.stages.corpus import CorpusStage
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -29,11 +30,14 @@ Run = Callable[..., tuple[StageContext, dict[str, Any]]]
 def _config(source: Path, **changes: Any) -> CorpusConfig:
     return CorpusConfig(
         tokenizer="tokenizer",
-        source=SourceConfig(path=str(source), max_bad_fraction=changes.pop("max_bad_fraction", 0.05)),
+        source=SourceConfig(
+            path=str(source),
+            max_bad_fraction=changes.pop("max_bad_fraction", 0.05),
+            fields=changes.pop("fields", FieldsConfig()),
+        ),
         split=SplitConfig(validation_fraction=0.2),
-        span_bytes=100_000,
         shard_tokens=50_000,
-        **changes,
+        **{"span_bytes": 100_000, **changes},
     )
 
 
@@ -74,9 +78,8 @@ def test_every_document_is_in_its_split_once_and_comes_back(run: Run, source_fol
     context, summary = run("corpus", source_folder)
     listing = list_source(SourceConfig(path=str(source_folder)))
     for split in ("train", "validation"):
-        files = [
-            f for f in listing.files if is_validation(f, SplitConfig(validation_fraction=0.2)) == (split != "train")
-        ]
+        config = SplitConfig(validation_fraction=0.2)
+        files = [f for f in listing.files if is_validation(f.blake3, config) == (split != "train")]
         expected = [text for f in files if (text := listing.read(f).decode())]
         assert list(_texts(context.out, tokenizer.path, split)) == expected
         assert summary[split]["documents"] == len(expected)
@@ -116,6 +119,38 @@ def test_unusable_files_are_quarantined_with_path_offset_and_reason(run: Run, br
     assert [json.loads(line) for line in (context.out / "quarantine.jsonl").read_text().splitlines()] == [
         {"path": "latin.py", "offset": 5, "reason": "not UTF-8: invalid continuation byte"}
     ]
+
+
+def test_one_big_file_is_spread_over_spans_and_gives_the_same_bytes_for_any_size_of_them(
+    run: Run, source_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    texts = [p.read_text() for p in sorted(source_folder.rglob("*.py"))]
+    lines = [json.dumps({"text": t, "from": f"file {n % 3}"}) for n, t in enumerate(texts)]
+    (folder / "all.jsonl").write_text("\n".join([*lines, '{"text": "cut off']))
+    fields = FieldsConfig(source="from")
+    runs = [run(f"span{n}", folder, span_bytes=n, fields=fields) for n in (20_000, 1 << 22)]
+    assert _files(runs[0][0].out) == _files(runs[1][0].out)
+    assert len(list((runs[0][0].work / "parts-gigatoken").glob("*.json"))) > 10
+    report = json.loads((runs[0][0].out / "report.json").read_bytes())
+    assert (report["records"], report["documents"], report["quarantined"]) == (len(lines) + 1, sum(map(bool, texts)), 1)
+    shard = pa.ipc.open_file(runs[0][0].out / "shards/train-00000.arrow").read_all()
+    assert set(shard["source"].to_pylist()) == {"file 0", "file 1", "file 2"}
+    assert all(name.startswith("all.jsonl:") for name in shard["name"].to_pylist())
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(
+    tokenizer: Artifact, source_folder: Path, tmp_path: Path, make_context: Callable[[str], StageContext]
+) -> None:
+    source = shutil.copytree(source_folder, tmp_path / "moving")
+
+    def add_a_file(progress: Progress) -> None:
+        (source / "late.py").write_text("x = 1")
+
+    context = replace(make_context("changed"), progress=add_a_file)
+    with pytest.raises(DataError, match="changed while"):
+        CorpusStage().run(_config(source), {"tokenizer": tokenizer}, context)
 
 
 def test_too_many_unusable_files_fail_the_stage(run: Run, broken_source: Path) -> None:
@@ -169,11 +204,7 @@ def test_a_difference_found_on_the_way_makes_everything_anew_with_tokenizers(
 def _checked_late(text: str) -> bool:
     """In the training split, checked on the way, and not among the documents that are looked at before."""
     digest = blake3.blake3(text.encode()).hexdigest()
-    return (
-        hash_fraction("check", digest) < CHECKED_FRACTION
-        and hash_fraction("probe", digest) > 0.9
-        and hash_fraction("split-1", digest) > 0.2
-    )
+    return is_checked(digest) and hash_fraction("probe", digest) > 0.9 and hash_fraction("split-1", digest) > 0.2
 
 
 def _save_crossing_tokenizer(folder: Path) -> None:

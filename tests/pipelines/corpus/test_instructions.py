@@ -103,7 +103,7 @@ def test_held_out_pairs_come_from_validation_files_alone(
     )
     context = make_context("pairs")
     summary = InstructionsStage().run(config, {}, context)
-    files = {f.name: is_validation(f, config.split) for f in list_source(config.source).files}
+    files = {f.name: is_validation(f.blake3, config.split) for f in list_source(config.source).files}
     prompts = {}
     for name, validation in (("train", False), ("heldout", True)):
         pairs = [Pair.model_validate_json(line) for line in (context.out / f"{name}.jsonl").read_text().splitlines()]

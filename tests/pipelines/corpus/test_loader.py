@@ -1,44 +1,52 @@
+import shutil
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
 import pytest
+from corpus_files import document_batch, write_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from configs.errors import CorruptArtifactError, DataError, InputError
-from pipelines.corpus.loader import Loader, Permutation
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_schema, token_column, write_split
+from configs.errors import ContractError, CorruptArtifactError, DataError, InputError
+from pipelines.corpus.loader import Loader, Rowing
+from pipelines.corpus.mixture import Phase
+from pipelines.corpus.packing import Layout
+from pipelines.corpus.permutation import Permutation
+from pipelines.corpus.reading import ShardFiles
+from pipelines.corpus.shards import CorpusIndex
 
 LENGTHS = [37, 250, 4, 91, 160, 33, 8, 120]
 TOKENS = sum(LENGTHS)
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+def _write(folder: Path, stream: npt.NDArray[np.uint16], lengths: list[int], *, contract: str = "c") -> Path:
+    """A corpus of documents of `lengths` cut from `stream`, in shards of a bit more than 200 tokens."""
+    batch = document_batch(np.split(stream, np.cumsum(lengths)[:-1]))
+    return write_corpus(folder, {"train": batch}, contract=contract)
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A split whose token stream counts up from 0, over several shards."""
-    folder = tmp_path_factory.mktemp("corpus")
-    stream = np.arange(TOKENS, dtype=np.uint16)
-    documents = np.split(stream, np.cumsum(LENGTHS)[:-1])
-    columns = [
-        pa.array([str(i) for i in range(len(LENGTHS))]),
-        pa.array([2 * n for n in LENGTHS], pa.uint64()),
-        pa.array(["00"] * len(LENGTHS)),
-        token_column(documents, "uint16"),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
-    record = write_split(folder, "train", [batch], shard_tokens=200)
-    assert len(record.shards) > 2
-    index = CorpusIndex(
-        dtype="uint16", vocab_size=TOKENS, end_of_text_id=0, contract="c", block_bytes=BLOCK_BYTES,
-        splits={"train": record},
-    )  # fmt: skip
-    (folder / INDEX).write_text(index.model_dump_json())
+    folder = _write(tmp_path_factory.mktemp("corpus"), np.arange(TOKENS, dtype=np.uint16), LENGTHS)
+    assert len(list(folder.glob("shards/*"))) > 2
     return folder
 
 
-def _open(corpus: Path, *, row_tokens: int = 16, batch_rows: int = 8, seed: int = 1) -> Loader:
-    return Loader.open(corpus, split="train", row_tokens=row_tokens, batch_rows=batch_rows, seed=seed)
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, whose tokens count up from 10,000."""
+    stream = np.arange(10_000, 10_900, dtype=np.uint16)
+    return _write(tmp_path_factory.mktemp("other"), stream, [300, 20, 300, 280])
+
+
+def _open(
+    corpus: Path | ShardFiles, *, row_tokens: int = 16, batch_rows: int = 8, seed: int = 1, **more: Any
+) -> Loader:
+    return Loader.open(corpus, split="train", row_tokens=row_tokens, batch_rows=batch_rows, seed=seed, **more)
 
 
 @given(st.integers(1, 3000), st.binary(max_size=8))
@@ -117,14 +125,108 @@ def test_an_unknown_or_short_split_is_an_error(corpus: Path) -> None:
         _open(corpus, row_tokens=TOKENS)
 
 
-def test_a_damaged_shard_stops_the_batch(corpus: Path, tmp_path: Path) -> None:
-    for source in [*corpus.glob("shards/*"), corpus / INDEX]:
-        target = tmp_path / source.relative_to(corpus)
-        target.parent.mkdir(exist_ok=True)
-        target.write_bytes(source.read_bytes())
-    path = tmp_path / "shards/train-00001.arrow"
+def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(corpus: Path) -> None:
+    """1 worker, then 3, then 2, each starting anew in the middle of an epoch, on layouts and mixtures alike."""
+    for layout in LAYOUTS:
+        straight = _open(corpus, batch_rows=6, layout=layout)
+        samples, tokens = [], []
+        for world_size, steps in ((1, range(3)), (3, range(3, 8)), (2, range(8, 20))):
+            workers = [_open(corpus, batch_rows=6, layout=layout) for _ in range(world_size)]
+            for step in steps:
+                for rank, worker in enumerate(workers):
+                    samples.append(worker.ledger(step, rank, world_size))
+                    tokens.append(worker.batch(step, rank, world_size))
+        assert np.array_equal(np.concatenate(samples), np.concatenate([straight.ledger(s) for s in range(20)]))
+        assert np.array_equal(np.concatenate(tokens), np.concatenate([straight.batch(s) for s in range(20)]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_rows_never_mix_documents(corpus: Path, layout: Layout) -> None:
+    loader = _open(corpus, layout=layout, batch_rows=12)
+    document_of = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+    for step in range(12):
+        rows = loader.packed(step)
+        assert np.array_equal(rows.tokens, loader.batch(step))
+        following = rows.targets
+        assert np.array_equal(rows.tokens[:, 1:][following], rows.tokens[:, :-1][following] + 1)
+        starts = document_of[rows.tokens[:, :-1]] == document_of[rows.tokens[:, 1:]]
+        assert starts[following].all()
+        assert (rows.documents > 0).any(axis=1).all()
+
+
+def test_each_layout_says_what_it_does_to_the_documents(corpus: Path) -> None:
+    reports = {layout: _open(corpus, layout=layout, row_tokens=99).packing_reports()[""] for layout in LAYOUTS}
+    assert {layout: r.cut_documents for layout, r in reports.items()} == {"chunk": 4, "best-fit": 3, "document": 3}
+    assert reports["document"].dropped == 150 + 60 + 20
+    assert reports["best-fit"].dropped == 0
+    assert reports["best-fit"].utilisation > reports["document"].utilisation
+
+
+def test_an_index_that_was_kept_gives_the_same_rows(corpus: Path, tmp_path: Path) -> None:
+    first = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    batches = [first.batch(step) for step in range(9)]
+    (kept,) = (tmp_path / "indexes").iterdir()
+    written = kept.stat().st_mtime_ns
+    again = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    assert np.array_equal([again.batch(step) for step in range(9)], batches)
+    kept.write_bytes(b"damaged")
+    mended = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    assert np.array_equal([mended.batch(step) for step in range(9)], batches)
+    assert kept.stat().st_mtime_ns > written
+
+
+def _mix(corpora: dict[str, Path | ShardFiles], *phases: Phase, layout: Layout = "chunk") -> Loader:
+    return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=8, seed=1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mixture_gives_every_batch_its_share_and_changes_at_its_step(
+    corpus: Path, other: Path, layout: Layout
+) -> None:
+    phases = Phase(0, {"a": 3, "b": 1}), Phase(5, {"a": 0, "b": 1})
+    corpora: dict[str, Path | ShardFiles] = {"b": other, "a": corpus}
+    loader = _mix(corpora, *phases, layout=layout)
+    for step in range(10):
+        batch = loader.batch(step)
+        ledger = loader.ledger(step)
+        assert np.array_equal(batch[:, 0] >= 10_000, ledger[:, 0] == 1)
+        assert (ledger[:, 0] == 1).sum() == (2 if step < 5 else 8)
+        assert np.array_equal(loader.packed(step).tokens, batch)
+        slices = [_mix(corpora, *phases, layout=layout).batch(step, rank, 4) for rank in range(4)]
+        assert np.array_equal(np.concatenate(slices), batch)
+    assert loader.rows_per_epoch == sum(_open(c, layout=layout).rows_per_epoch for c in (corpus, other))
+    every = loader.rows(10**6)
+    assert len(every) == loader.rows_per_epoch
+    assert (every[:, 0] >= 10_000).any()
+
+
+def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, other: Path) -> None:
+    loader = _mix({"a": corpus, "b": other}, Phase(0, {"a": 1, "b": 3}))
+    ledger = np.concatenate([loader.ledger(step) for step in range(60)])
+    for number, source in enumerate((corpus, other)):
+        rows = ledger[(ledger[:, 0] == number) & (ledger[:, 1] == 0), 2]
+        assert sorted(rows.tolist()) == list(range(_open(source).rows_per_epoch))
+
+
+def test_a_mixture_of_what_does_not_go_together_is_an_error(corpus: Path, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="allowed: a, c"):
+        _mix({"a": corpus, "c": other}, Phase(0, {"a": 1, "b": 1}))
+    stranger = _write(tmp_path, np.arange(900, dtype=np.uint16), [900], contract="another")
+    with pytest.raises(ContractError, match="corpora a and b were made with different tokenizers"):
+        _mix({"a": corpus, "b": stranger}, Phase(0, {"a": 1, "b": 1}))
+
+
+def _damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
+    path.unlink()  # a mapping of the old file stays as it was
     path.write_bytes(content)
-    with pytest.raises(CorruptArtifactError, match=r"train-00001\.arrow is damaged at byte 0"):
-        _open(tmp_path)
+
+
+def test_a_damaged_shard_stops_the_batch_and_is_named(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "copy")
+    path = tmp_path / "copy/shards/train-00001.arrow"
+    wanted = CorpusIndex.load(corpus).splits["train"].shards[1].blocks[0]
+    _damage(path)
+    with pytest.raises(CorruptArtifactError, match=rf"train-00001\.arrow is damaged at byte 0.*xxh3.*xxh3 {wanted}"):
+        _open(tmp_path / "copy").rows(10**6)

@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 
 from configs.errors import ArtifactError, CorruptArtifactError
+from pipelines.corpus.reading import ShardFolder, ShardReader
 from pipelines.corpus.shards import (
     BLOCK_BYTES,
     CorpusIndex,
-    ShardReader,
     SplitRecord,
     document_schema,
     token_column,
@@ -29,7 +29,7 @@ def _documents(lengths: list[int], first: int = 0) -> pa.RecordBatch:
 
 
 def _stream(folder: Path, record: SplitRecord) -> list[int]:
-    readers = [ShardReader.open(folder, shard, BLOCK_BYTES) for shard in record.shards]
+    readers = [ShardReader.open(ShardFolder(folder), shard, BLOCK_BYTES) for shard in record.shards]
     return [t for r, s in zip(readers, record.shards, strict=True) for t in r.read(0, s.tokens).tolist()]
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_block_is_found_when_it_is_read(tmp_path: Path, block: int) ->
     content[position] ^= 1
     path.write_bytes(content)
     with pytest.raises(CorruptArtifactError, match=rf"train-00000\.arrow is damaged at byte {block % 4 * BLOCK_BYTES}"):
-        ShardReader.open(tmp_path, record, BLOCK_BYTES).read(0, record.tokens)
+        ShardReader.open(ShardFolder(tmp_path), record, BLOCK_BYTES).read(0, record.tokens)
 
 
 def test_only_blocks_that_are_read_are_checked(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_only_blocks_that_are_read_are_checked(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[2 * BLOCK_BYTES + 9] ^= 1
     path.write_bytes(content)
-    reader = ShardReader.open(tmp_path, record, BLOCK_BYTES)
+    reader = ShardReader.open(ShardFolder(tmp_path), record, BLOCK_BYTES)
     assert reader.read(1000, 1003).tolist() == [1000, 1001, 1002]
     with pytest.raises(CorruptArtifactError, match=record.blocks[2]):
         reader.read(2 * BLOCK_BYTES // 2, 2 * BLOCK_BYTES // 2 + 10)
@@ -90,10 +90,10 @@ def test_a_missing_or_cut_shard_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / record.path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CorruptArtifactError, match="damaged"):
-        ShardReader.open(tmp_path, record, BLOCK_BYTES)
+        ShardReader.open(ShardFolder(tmp_path), record, BLOCK_BYTES)
     path.unlink()
     with pytest.raises(CorruptArtifactError, match="damaged"):
-        ShardReader.open(tmp_path, record, BLOCK_BYTES)
+        ShardReader.open(ShardFolder(tmp_path), record, BLOCK_BYTES)
 
 
 def test_a_folder_that_is_no_corpus_is_an_error(tmp_path: Path) -> None:

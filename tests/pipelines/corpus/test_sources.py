@@ -67,14 +67,14 @@ def test_a_file_that_changes_after_it_was_listed_is_an_error(tmp_path: Path) -> 
 def test_the_split_follows_content_and_salt_alone(source_folder: Path, tmp_path: Path) -> None:
     listing = list_source(SourceConfig(path=str(source_folder)))
     split = SplitConfig(validation_fraction=0.3)
-    held_out = {f.blake3 for f in listing.files if is_validation(f, split)}
+    held_out = {f.blake3 for f in listing.files if is_validation(f.blake3, split)}
     assert 0 < len(held_out) < len(listing.files)
 
     shutil.copy(source_folder / "special.py", tmp_path / "renamed.py")
     renamed = list_source(SourceConfig(path=str(tmp_path))).files[0]
-    assert is_validation(renamed, split) == (renamed.blake3 in held_out)
+    assert is_validation(renamed.blake3, split) == (renamed.blake3 in held_out)
     other = SplitConfig(validation_fraction=0.3, salt="another")
-    assert held_out != {f.blake3 for f in listing.files if is_validation(f, other)}
+    assert held_out != {f.blake3 for f in listing.files if is_validation(f.blake3, other)}
 
 
 def test_fractions_are_spread_evenly() -> None:

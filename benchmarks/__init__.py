@@ -1,0 +1,1 @@
+"""Speed, size and memory, against the tools people use now; `python -m benchmarks` runs all of it."""

@@ -1,0 +1,217 @@
+"""The documents of a source: read, cleaned and filtered in one pass, with an account of everything that was read.
+
+Every stage that needs text takes it from `read_documents`, so a tokenizer, a corpus and instruction pairs made from one
+source config see the same documents. The order is that of the pieces; nothing depends on who reads them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import blake3
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from configs.schema.corpus import SourceConfig
+from pipelines.corpus.blocks import Block, Read
+from pipelines.corpus.clean import Step, clean, steps
+from pipelines.corpus.filters import Filters
+from pipelines.corpus.lines import LINE_READERS
+from pipelines.corpus.pieces import SMALLEST_SPAN_BYTES, Piece, file_format, plan_spans
+from pipelines.corpus.sources import Listing, Rejected, hash_fraction
+from pipelines.corpus.streams import MAX_RECORD_BYTES, Stream
+from pipelines.corpus.tables import TABLE_READERS
+
+EXAMPLES = 3
+"""Dropped documents that are shown for each reason."""
+_EXAMPLE_CHARS = 300
+_SAMPLED_PIECES = 4096
+"""Pieces that a large source is cut into when it is sampled."""
+
+
+class Example(BaseModel):
+    """A dropped document, as a report shows it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    """blake3 of the document; the lowest are shown, so that the choice depends on the documents alone."""
+    name: str
+    text: str
+    """How it begins."""
+
+
+@dataclass
+class Documents:
+    """Documents of one file as columns, cleaned and kept by the filters."""
+
+    names: list[str] = field(default_factory=list)
+    """The file, and for a file of many documents `:` and the place in it."""
+    texts: list[bytes] = field(default_factory=list)
+    """UTF-8."""
+    digests: list[str] = field(default_factory=list)
+    """blake3 of the text, hex."""
+    ids: list[str | None] = field(default_factory=list)
+    """Empty unless the source maps such a field; likewise the next two."""
+    sources: list[str | None] = field(default_factory=list)
+    labels: list[str | None] = field(default_factory=list)
+
+    def extend(self, other: Documents, rows: Sequence[int]) -> None:
+        """Appends some rows of `other`, except their texts."""
+        for column in ("names", "digests", "ids", "sources", "labels"):
+            values = getattr(other, column)
+            if values:
+                getattr(self, column).extend(values[row] for row in rows)
+
+
+class Ledger(BaseModel):
+    """Where every record that was read went: a document, empty, dropped for a reason or rejected."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    documents: int = 0
+    """Read and kept."""
+    read_bytes: int = 0
+    """Text as it was read, in UTF-8."""
+    empty: int = 0
+    """Records without text."""
+    rejected: list[Rejected] = Field(default_factory=list)
+    drops: dict[str, int] = Field(default_factory=dict)
+    """Documents left out by a filter, by reason."""
+    examples: dict[str, list[Example]] = Field(default_factory=dict)
+    """Of those, a few by reason."""
+    changes: dict[str, int] = Field(default_factory=dict)
+    """Documents changed, by cleaning step."""
+
+    def drop(self, reason: str, name: str, digest: str, text: bytes) -> None:
+        """Counts a document that is left out."""
+        self.drops[reason] = self.drops.get(reason, 0) + 1
+        shown = self.examples.get(reason, [])
+        if len(shown) < EXAMPLES or digest < shown[-1].digest:
+            example = Example(
+                digest=digest, name=name, text=text[: 4 * _EXAMPLE_CHARS].decode(errors="ignore")[:_EXAMPLE_CHARS]
+            )
+            self.examples[reason] = lowest_examples([*shown, example])
+
+
+def lowest_examples(examples: Iterable[Example]) -> list[Example]:
+    """The examples that are shown of all those of a reason; independent of their order."""
+    return heapq.nsmallest(EXAMPLES, examples, key=lambda e: (e.digest, e.name))
+
+
+def read_documents(
+    listing: Listing, pieces: Iterable[Piece], config: SourceConfig, ledger: Ledger
+) -> Iterator[Documents]:
+    """The documents of `pieces`, in order; `ledger` gets all else.
+
+    Raises:
+        DataError: a file changed since it was listed.
+    """
+    filters = Filters(config.filters)
+    for piece in pieces:
+        changes = steps(config.cleaning, piece.file.name)
+        whole = file_format(piece.file.name, config)[0] == "text"
+        for found in _read(listing, piece, config):
+            if isinstance(found, Rejected):
+                ledger.rejected.append(found)
+            elif found.texts:
+                yield _refine(found, piece.file.name, whole, changes, filters, ledger)
+
+
+def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
+    name = piece.file.name
+    kind, compression = file_format(name, config)
+    if kind == "text" and piece.file.size_bytes <= MAX_RECORD_BYTES:
+        opened = pa.BufferReader(listing.read(piece.file))  # compared with the listing
+    else:
+        opened = listing.open(piece.file)
+    with opened:
+        if kind in LINE_READERS:
+            yield from LINE_READERS[kind](Stream(opened, compression), name, piece.begin, piece.end, config)
+        elif compression is None:
+            yield from TABLE_READERS[kind](opened, name, piece.begin, piece.end, config)
+        else:  # tables are read back and forth
+            stream = Stream(opened, compression)
+            content = stream.read(sys.maxsize)
+            if stream.failure is None:
+                yield from TABLE_READERS[kind](pa.BufferReader(content), name, piece.begin, piece.end, config)
+            else:
+                yield stream.lost(name, 0)
+
+
+def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: Filters, ledger: Ledger) -> Documents:
+    """The block's documents, cleaned; without those that are empty or dropped."""
+    rows: list[int] = []
+    cleaned: list[bytes] = []
+    for row, text in enumerate(block.texts):
+        content = _clean(text, file, block.positions[row], changes, ledger)
+        if content:
+            rows.append(row)
+            cleaned.append(content)
+    documents = Documents()
+    kept: list[int] = []
+    for row, (content, reason) in zip(rows, filters.apply(cleaned), strict=True):
+        name = file if whole else f"{file}:{block.positions[row]}"
+        digest = blake3.blake3(content).hexdigest()
+        if reason is not None:
+            ledger.drop(reason, name, digest, content)
+            continue
+        kept.append(row)
+        documents.names.append(name)
+        documents.texts.append(content)
+        documents.digests.append(digest)
+    for column in ("ids", "sources", "labels"):
+        values = getattr(block, column)
+        if values:
+            setattr(documents, column, [values[row] for row in kept])
+    ledger.documents += len(kept)
+    return documents
+
+
+def _clean(text: str, file: str, position: int, changes: list[Step], ledger: Ledger) -> bytes | None:
+    """The document after cleaning, in UTF-8; None if there is none."""
+    try:
+        content = text.encode()
+    except UnicodeEncodeError as error:
+        ledger.rejected.append(Rejected(file, position, f"not text that UTF-8 can hold: {error.reason}"))
+        return None
+    ledger.read_bytes += len(content)
+    content, changed = clean(content, changes)
+    for step in changed:
+        ledger.changes[step] = ledger.changes.get(step, 0) + 1
+    if not content:
+        ledger.empty += 1
+        return None
+    return content
+
+
+def sample_texts(
+    listing: Listing,
+    config: SourceConfig,
+    salt: str,
+    limit_bytes: int,
+    ledger: Ledger,
+    wanted: Callable[[str], bool] = lambda digest: True,
+) -> Iterator[bytes]:
+    """Texts of documents whose digest is `wanted`, until they make `limit_bytes`.
+
+    Pieces of files are taken in the order of a hash of `salt` and their content, so the sample depends on nothing else.
+    """
+    piece_bytes = max(SMALLEST_SPAN_BYTES, listing.size_bytes // _SAMPLED_PIECES)
+    pieces = [piece for span in plan_spans(listing, config, piece_bytes) for piece in span]
+    size = 0
+    for piece in sorted(pieces, key=lambda p: (_fraction(salt, p), p.file.name, p.begin)):
+        for documents in read_documents(listing, [piece], config, ledger):
+            for digest, text in zip(documents.digests, documents.texts, strict=True):
+                if size >= limit_bytes:
+                    return
+                if wanted(digest):
+                    size += len(text)
+                    yield text
+
+
+def _fraction(salt: str, piece: Piece) -> float:
+    return hash_fraction(salt, f"{piece.file.blake3}:{piece.begin}" if piece.begin else piece.file.blake3)

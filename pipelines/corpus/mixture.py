@@ -1,0 +1,135 @@
+"""Which source each global sample comes from.
+
+Weights are integers: with 3 and 1, three samples of four come from the first source, exactly, over any four that begin
+at a multiple of four. In between, the share of each source is never off by a whole sample, so every batch is
+stratified. Weights may change at given steps. Everything is arithmetic on the sample's number: no state, any sample
+costs the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import ConfigError
+
+Ints = npt.NDArray[np.int64]
+
+MAX_PERIOD = 10_000
+"""Largest sum of the weights of a phase, after they are divided by what they have in common."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Weights that hold from a step (of the training run) on."""
+
+    from_step: int
+    weights: Mapping[str, int]
+    """Samples of each source in a period; 0 leaves a source out."""
+
+
+def interleave(weights: Sequence[int]) -> Ints:
+    """A sequence of sum(weights) source numbers in which source s occurs weights[s] times, evenly spread.
+
+    Every prefix of length n holds more than n * share - 1 and fewer than n * share + 1 samples of each source: place j
+    of a source falls between floor(j / share) and ceil((j + 1) / share), and the source whose next place is due first
+    comes first (Baruah et al., "Proportionate progress", 1996).
+    """
+    period = sum(weights)
+    used = [s for s, weight in enumerate(weights) if weight]
+    taken = [0] * len(weights)
+    result = np.empty(period, dtype=np.int64)
+    for place in range(period):
+        ready = [s for s in used if taken[s] * period // weights[s] <= place and taken[s] < weights[s]]
+        chosen = min(ready, key=lambda s: (-(-(taken[s] + 1) * period // weights[s]), s))
+        result[place] = chosen
+        taken[chosen] += 1
+    return result
+
+
+class _Pattern:
+    """The samples of one phase, which begins at sample `first` when `before` samples of each source were taken."""
+
+    def __init__(self, first: int, before: Ints, weights: Sequence[int]) -> None:
+        self.first = first
+        self._before = before
+        self._weights = np.array(weights, dtype=np.int64)
+        self._sources = interleave(weights)
+        self._ordinals = np.empty(len(self._sources), dtype=np.int64)
+        for source in range(len(weights)):
+            places = np.flatnonzero(self._sources == source)
+            self._ordinals[places] = np.arange(len(places))
+
+    def draw(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Source of each global sample, and how many samples of that source came before it."""
+        inside = samples - self.first
+        periods, places = inside // len(self._sources), inside % len(self._sources)
+        sources = self._sources[places]
+        return sources, self._before[sources] + periods * self._weights[sources] + self._ordinals[places]
+
+    def taken(self, sample: int) -> Ints:
+        """Samples of each source before global sample `sample`."""
+        periods, places = divmod(sample - self.first, len(self._sources))
+        inside = np.bincount(self._sources[:places], minlength=len(self._weights))
+        return self._before + periods * self._weights + inside
+
+
+class Mixture:
+    """Sources by name, and the phases of their weights."""
+
+    def __init__(self, phases: Sequence[Phase], batch_rows: int) -> None:
+        """`phases` begin at rising steps, the first at 0.
+
+        Raises:
+            ConfigError: a phase or a weight is not usable, or two phases name different sources.
+        """
+        _check(phases)
+        self.sources = tuple(phases[0].weights)
+        self._patterns: list[_Pattern] = []
+        before = np.zeros(len(self.sources), dtype=np.int64)
+        for phase in phases:
+            first = phase.from_step * batch_rows
+            if self._patterns:
+                before = self._patterns[-1].taken(first)
+            weights = [phase.weights[name] for name in self.sources]
+            common = math.gcd(*weights)
+            self._patterns.append(_Pattern(first, before, [weight // common for weight in weights]))
+
+    def draw(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Source of each global sample (a number into `sources`), and its place among that source's samples."""
+        sources, ordinals = np.empty_like(samples), np.empty_like(samples)
+        firsts = [pattern.first for pattern in self._patterns]
+        phase_of = np.searchsorted(firsts, samples, side="right") - 1
+        for number in np.unique(phase_of):
+            chosen = phase_of == number
+            sources[chosen], ordinals[chosen] = self._patterns[number].draw(samples[chosen])
+        return sources, ordinals
+
+
+def _check(phases: Sequence[Phase]) -> None:
+    steps = [phase.from_step for phase in phases]
+    if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
+        raise ConfigError("steps at which a mixture's weights change", received=steps, allowed="rising steps from 0")
+    for phase in phases:
+        weights = dict(phase.weights)
+        if weights.keys() != phases[0].weights.keys():
+            raise ConfigError(
+                f"mixture from step {phase.from_step} names other sources than the first phase",
+                received=sorted(weights),
+                allowed=f"{', '.join(sorted(phases[0].weights))}; weight 0 leaves a source out",
+            )
+        values = list(weights.values())
+        if not all(isinstance(w, int) and w >= 0 for w in values) or not any(values):
+            raise ConfigError(
+                f"weights of the mixture from step {phase.from_step}", received=weights,
+                allowed="whole numbers from 0, at least one above 0",
+            )  # fmt: skip
+        if sum(values) // math.gcd(*values) > MAX_PERIOD:
+            raise ConfigError(
+                f"weights of the mixture from step {phase.from_step} have too long a period", received=weights,
+                allowed=f"a sum of at most {MAX_PERIOD:,} after dividing by what they have in common",
+            )  # fmt: skip

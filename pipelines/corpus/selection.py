@@ -1,0 +1,97 @@
+"""Which of the committed documents go into the shards: all, or all but the duplicates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from configs.schema.corpus import DedupConfig
+from pipelines.corpus.dedup import Duplicates, find_duplicates
+from pipelines.corpus.shards import SPLITS, Split, read_batch
+from pipelines.corpus.spans import FINGERPRINTS, part_path
+
+_LARGEST = 10
+_EXAMPLES = 3
+
+
+class Selection:
+    """The documents of spans 0 to `spans` - 1 in the order of the plan, without the duplicates that were found."""
+
+    def __init__(self, parts: Path, spans: int, starts: list[int], duplicates: Duplicates | None) -> None:
+        self._parts = parts
+        self._spans = spans
+        self._starts = starts
+        self._duplicates = duplicates
+
+    @classmethod
+    def make(cls, parts: Path, spans: int, config: DedupConfig | None) -> Self:
+        """Looks for duplicates in the fingerprints of all spans, if `config` asks for it; then Ray must be
+        initialised."""
+        if config is None:
+            return cls(parts, spans, [], None)
+        files = [part_path(parts, number, FINGERPRINTS) for number in range(spans)]
+        counts = [read_batch(path).num_rows for path in files]
+        return cls(parts, spans, np.cumsum([0, *counts]).tolist(), find_duplicates(files, counts, config))
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Documents left out, by reason."""
+        if self._duplicates is None:
+            return {}
+        exact = int(self._duplicates.exact.sum())
+        counts = {"exact_duplicate": exact, "near_duplicate": len(self._duplicates.dropped) - exact}
+        return {reason: count for reason, count in counts.items() if count}
+
+    def documents(self, split: Split) -> Iterator[pa.RecordBatch]:
+        """The documents of a split, span by span."""
+        for number in range(self._spans):
+            batch = read_batch(part_path(self._parts, number, split))
+            if self._duplicates is None:
+                yield batch
+                continue
+            start, end = self._starts[number : number + 2]
+            stays = np.ones(end - start, dtype=bool)
+            stays[self._duplicates.of_span(start, end - start)] = False
+            yield batch.filter(pa.array(stays[self._splits(number) == SPLITS.index(split)]))
+
+    def figures(self) -> dict[str, Any] | None:
+        """What a report says about duplicates; None if they were not looked for."""
+        found = self._duplicates
+        if found is None:
+            return None
+        exact = int(found.exact.sum())
+        pairs = [np.flatnonzero(found.exact == kind)[:_EXAMPLES] for kind in (True, False)]
+        return {
+            "exact": exact,
+            "near": len(found.dropped) - exact,
+            "rate": round(len(found.dropped) / max(self._starts[-1], 1), 6),
+            "largest": [
+                {"kept": self._name(position), "documents": documents}
+                for position, documents in found.largest(_LARGEST)
+            ],
+            "examples": [
+                {
+                    "dropped": self._name(int(found.dropped[place])),
+                    "kept": self._name(int(found.kept[place])),
+                    "exact": bool(found.exact[place]),
+                }
+                for place in np.concatenate(pairs).tolist()
+            ],
+        }
+
+    def _splits(self, number: int) -> npt.NDArray[np.uint8]:
+        """Place in `SPLITS` of each document of a span."""
+        return read_batch(part_path(self._parts, number, FINGERPRINTS)).column("split").to_numpy()
+
+    def _name(self, position: int) -> str:
+        """What the document at `position` is called in the source."""
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        splits = self._splits(number)
+        row = position - self._starts[number]
+        names = read_batch(part_path(self._parts, number, SPLITS[splits[row]])).column("name")
+        return str(names[int(np.count_nonzero(splits[:row] == splits[row]))].as_py())
