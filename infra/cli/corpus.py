@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from infra.cli.artifacts import Reference, artifact_root
 from infra.cli.output import Debug, Json, print_json, print_table, say, size
 from infra.local import state_home
