@@ -1,7 +1,7 @@
 """JSONL made from real text: novels by chapter and Python's standard library by file, about 92 MB of it.
 
-Texts are NFC with plain line ends and without control characters, so that cleaning leaves them alone and every tool
-has to come to the same tokens.
+Texts are NFC with plain line ends and without control characters or mojibake (nine of them hold some), so that cleaning
+leaves them alone and every tool has to come to the same tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
+
+from pipelines.corpus.clean import repair_mojibake
 
 FILES = 8
 _TEI = "{http://www.tei-c.org/ns/1.0}"
@@ -48,7 +50,8 @@ def _documents(data: Path) -> Iterator[tuple[str, str]]:
             except StopIteration:
                 sources.remove(source)
                 continue
-            text = _CONTROLS.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n"))).strip()
+            text = repair_mojibake(text.replace("\r\n", "\n"))
+            text = _CONTROLS.sub("", unicodedata.normalize("NFC", text)).strip()
             if text:
                 yield name, text
 
