@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint test-slow clean
+.PHONY: setup demo test lint test-slow bench clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,9 @@ test: lint
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m "slow and not gpu" --timeout 1800
+
+bench: setup
+	@$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv .ganymede
