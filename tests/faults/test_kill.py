@@ -13,24 +13,23 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 
 from actors.store.artifacts import ArtifactStore, verify_files
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Command:
     """`ganymede run` on the tiny recipe, in a process of its own."""
 
-    def __init__(self, home: Path, recipe: Path = RECIPE) -> None:
+    def __init__(self, home: Path) -> None:
         self.home = home
         environment = {**os.environ, "GANYMEDE_HOME": str(home), "MLFLOW_TRACKING_URI": ""}
         environment.pop("RAY_ADDRESS", None)
         self.log = (home.parent / f"{home.name}.log").open("a")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "infra.cli.main", "run", str(recipe), "--json"],
+            [sys.executable, "-m", "infra.cli.main", "run", str(RECIPE), "--json"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -102,28 +101,6 @@ def assert_whole(home: Path) -> None:
         verify_files(store.get(manifest.ref))
 
 
-def test_a_killed_corpus_and_pretraining_end_with_the_artifacts_of_an_uninterrupted_run(tmp_path: Path) -> None:
-    document = yaml.safe_load(RECIPE.read_text())
-    document["stages"] = {name: document["stages"][name] for name in ("tokenizer", "corpus", "pretrain")}
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(document))
-    untouched = digests(Command(tmp_path / "untouched", recipe).finish())
-    home = tmp_path / "killed"
-
-    run = Command(home, recipe)
-    run.until(lambda: any((home / "work").glob("corpus-tiny-corpus-*/*")))
-    run.kill()
-    assert_whole(home)
-
-    run = Command(home, recipe)
-    run.until(run.trained("pretrain", 20))
-    run.kill()
-    assert_whole(home)
-
-    assert digests(Command(home, recipe).finish()) == untouched
-
-
-@pytest.mark.slow
 def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_uninterrupted_one(tmp_path: Path) -> None:
     untouched = digests(Command(tmp_path / "untouched").finish())
     home = tmp_path / "killed"
