@@ -76,7 +76,7 @@ def tokenizer(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     """Ray with two CPUs; one that another test module started is used as it is."""
     import ray
