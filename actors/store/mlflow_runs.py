@@ -54,6 +54,8 @@ def open_client(uri: str) -> MlflowClient:
     it tries twice, unless the environment says otherwise; so it is with its log lines about migrations.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    # A client that talks HTTP prints where a run can be seen when it ends, into what may be a JSON document.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     with _importing:

@@ -2,90 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+import socket
 from pathlib import Path
 
-import psutil
 import pytest
+import yaml
 
 from actors.store.artifacts import ArtifactStore, verify_files
+from tests.faults.command import RECIPE, Command
 
-RECIPE = Path(__file__).with_name("recipe.yaml")
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-class Command:
-    """`ganymede run` on the tiny recipe, in a process of its own."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        environment = {**os.environ, "GANYMEDE_HOME": str(home), "MLFLOW_TRACKING_URI": ""}
-        environment.pop("RAY_ADDRESS", None)
-        self.log = (home.parent / f"{home.name}.log").open("a")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "infra.cli.main", "run", str(RECIPE), "--json"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-        )
-
-    def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
-        """Waits for a condition of the run; fails if the command ends before it."""
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert self.process.poll() is None, f"ended before the condition; see {self.log.name}"
-            assert time.monotonic() < deadline, f"the condition did not come; see {self.log.name}"
-            time.sleep(0.01)
-
-    def kill(self) -> None:
-        """kill -9 of the driver; its Ray processes must follow within seconds."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.kill()
-        self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive, f"orphans: {[p.cmdline()[:3] for p in alive]}"
-
-    def finish(self) -> dict[str, object]:
-        """The JSON document of a run that must succeed."""
-        output, _ = self.process.communicate(timeout=300)
-        assert self.process.returncode == 0, f"see {self.log.name}: {Path(self.log.name).read_text()[-3000:]}"
-        document = json.loads(output)
-        assert isinstance(document, dict)
-        return document
-
-    def children(self, name: str) -> Iterator[psutil.Process]:
-        """Living descendants whose command line contains `name`."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if name in " ".join(process.cmdline()):
-                    yield process
-            except psutil.NoSuchProcess:
-                continue
-
-    def kill_child(self, name: str) -> None:
-        """kill -9 of one descendant, once there is one."""
-        self.until(lambda: any(self.children(name)))
-        next(self.children(name)).send_signal(signal.SIGKILL)
-
-    def in_stage(self, stage: str) -> Callable[[], bool]:
-        return lambda: any((self.home / "leases").glob(f"*-tiny-{stage}@1/*.json"))
-
-    def trained(self, stage: str, steps: int) -> Callable[[], bool]:
-        """True once the stage has logged this step."""
-
-        def reached() -> bool:
-            for path in (self.home / "work").glob(f"model-tiny-{stage}-*/metrics.jsonl"):
-                lines = path.read_text().splitlines()
-                return any(json.loads(line)["step"] >= steps for line in lines[:-1])
-            return False
-
-        return reached
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def digests(document: dict[str, object]) -> dict[str, str]:
@@ -121,7 +47,12 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_uninterrupted
     assert_whole(home)
 
     run = Command(home)
-    run.until(run.trained("finetune", 15))
+    run.until(run.trained("finetune", 10))
+    run.kill()
+    assert_whole(home)
+
+    run = Command(home)
+    run.until(run.trained("finetune", 25))
     run.kill_child("raylet/raylet")
     run.process.wait(timeout=120)
     assert run.process.returncode == 1
@@ -138,3 +69,46 @@ def test_a_run_killed_in_every_stage_ends_with_the_artifacts_of_an_uninterrupted
     last = Command(home).finish()
     assert digests(last) == untouched
     assert not any((home / "artifacts" / ".staging").glob("*"))
+
+    assert_deploy_survives(home, tmp_path)
+
+
+def assert_deploy_survives(home: Path, folder: Path) -> None:
+    """`deploy` publishes nothing: whatever was killed, the same command serves the same answers."""
+    recipe = with_deploy(folder)
+    answer = deployed(Command(home, recipe).finish())
+
+    run = Command(home, recipe)
+    run.until(lambda: any((home / "leases").glob("deploy-*/*.json")))
+    run.kill()
+
+    run = Command(home, recipe)
+    run.until(lambda: any(run.children("ServeReplica")))
+    run.kill()
+
+    run = Command(home, recipe)
+    run.kill_child("ServeReplica")  # replaced by Ray Serve; the run goes on
+    assert deployed(run.finish()) == answer
+    assert_whole(home)
+
+
+def with_deploy(folder: Path) -> Path:
+    """The tiny recipe with a stage that serves the model and asks it something."""
+    document = yaml.safe_load(RECIPE.read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serving = {"port": port}
+    document["stages"]["deploy"] = {"model": "register", "question": "Open a file.", "serving": serving}
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(document))
+    return recipe
+
+
+def deployed(document: dict[str, object]) -> tuple[str, str]:
+    """Digest of the model that was served, and what it answered."""
+    outcomes = document["outcomes"]
+    assert isinstance(outcomes, list)
+    summary = outcomes[-1]["summary"]
+    assert summary["answer_tokens"] > 0
+    return summary["digest"], summary["answer"]

@@ -2,64 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 
 import pytest
 
 from actors.store.mlflow_runs import open_client
 from actors.store.registry import Registry
 from actors.store.tracker import MlflowTracker
-
-
-class Server:
-    """An `mlflow server` over one SQLite file, in a process group of its own."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process = None
-
-    def start(self):
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(
-            command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True, env={**os.environ}
-        )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=1):
-                    return
-            except (urllib.error.URLError, OSError):
-                assert self.process.poll() is None, (self.folder / "server.log").read_text()
-                time.sleep(0.2)
-        raise AssertionError("the server did not come up")
-
-    def stop(self):
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+from tests.actors.store.mlflow_server import Server
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    # The schema is made here, so that the server's two starts are short.
-    folder = tmp_path_factory.mktemp("server")
-    open_client(f"sqlite:///{folder}/mlflow.db").search_experiments()
-    server = Server(folder)
+    server = Server.made(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
     server.stop()
