@@ -180,6 +180,9 @@ def _init(home: Path, address: str) -> str:
     import ray
 
     _adopt_loggers()
+    # What Ray's node process reports (a worker was killed) is printed to the driver's standard output, where a JSON
+    # document may be expected. `log_to_driver` does not cover it, and no public option does; Ray's own logs have it.
+    ray._private.worker._worker_logs_enabled = False
     options: dict[str, object] = {"address": address, "namespace": "ganymede", "log_to_driver": False}
     if address == "local":
         options |= {

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.store.artifacts import ArtifactStore, verify_files
+from infra.deploy import ANSWER_TOKENS
 from tests.faults.command import RECIPE, Command
 
+QUESTION = "Open a file and return its lines."
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
@@ -90,6 +93,18 @@ def assert_deploy_survives(home: Path, folder: Path) -> None:
     run.kill_child("ServeReplica")  # replaced by Ray Serve; the run goes on
     assert deployed(run.finish()) == answer
     assert_whole(home)
+    assert answer[1] == greedy_by_transformers(home, "model/tiny-finetune@1")
+
+
+def greedy_by_transformers(home: Path, ref: str) -> str:
+    """What a plain script makes of the published folder, asked what the endpoint was asked."""
+    folder = ArtifactStore(home / "artifacts").get(ref).path
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    chat = [{"role": "user", "content": QUESTION}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**asked, max_new_tokens=ANSWER_TOKENS, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def with_deploy(folder: Path) -> Path:
@@ -99,7 +114,7 @@ def with_deploy(folder: Path) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     serving = {"port": port}
-    document["stages"]["deploy"] = {"model": "register", "question": "Open a file.", "serving": serving}
+    document["stages"]["deploy"] = {"model": "register", "question": QUESTION, "serving": serving}
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(document))
     return recipe
