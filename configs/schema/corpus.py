@@ -162,8 +162,9 @@ class ContaminationConfig(Config):
     """Words in a row that make an overlap."""
     shortest_words: Annotated[int, Field(ge=3, le=64)] = 8
     """Items of fewer than `words` words are looked for whole if they have this many; shorter ones are not."""
-    action: Literal["drop", "refuse"] = "drop"
-    """Drop overlapping documents of the training split, or fail and name one."""
+    action: Literal["drop", "refuse", "keep"] = "drop"
+    """Drop overlapping documents of the training split; fail and name one; or keep them, and then no model that learned
+    from the corpus is scored on the set they overlap with."""
 
     @model_validator(mode="after")
     def _shortest_is_shorter(self) -> Self:

@@ -29,6 +29,8 @@ class Account:
     drops: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)
+    overlaps: Counter[str] = field(default_factory=Counter)
+    """Training documents kept although they overlap with an evaluation set, by set."""
 
     @property
     def records(self) -> int:
@@ -50,6 +52,7 @@ class Account:
         self.reject(ledger.rejected)
         self.drops.update(ledger.drops)
         self.changes.update(ledger.changes)
+        self.overlaps.update(ledger.overlaps)
         for reason, shown in ledger.examples.items():
             self.examples[reason] = lowest_examples([*self.examples.get(reason, ()), *shown])
 

@@ -85,6 +85,8 @@ class Ledger(BaseModel):
     """Of those, a few by reason."""
     changes: dict[str, int] = Field(default_factory=dict)
     """Documents changed, by cleaning step."""
+    overlaps: dict[str, int] = Field(default_factory=dict)
+    """Training documents kept although they overlap with an evaluation set, by set."""
 
     def drop(self, reason: str, name: str, digest: str, text: bytes) -> None:
         """Counts a document that is left out."""

@@ -198,10 +198,10 @@ def _contamination(checked: Mapping[str, Any]) -> str:
     if not checked:
         return '<p class="quiet">none was registered: nothing is known about overlaps</p>'
     rows = [
-        [name, f"{s['items']:,}", f"{s['unchecked_items']:,}", str(s["words"]), f"{s['dropped']:,}"]
+        [name, f"{s['items']:,}", f"{s['unchecked_items']:,}", str(s["words"]), f"{s['dropped']:,}", f"{s['kept']:,}"]
         for name, s in sorted(checked.items())
     ]
-    return _table(["set", "items", "too short to check", "words in a row", "documents dropped"], rows)
+    return _table(["set", "items", "too short to check", "words in a row", "documents dropped", "kept"], rows)
 
 
 def _named(groups: Mapping[str, Mapping[str, int]] | None) -> str:

@@ -66,6 +66,9 @@ class CheckedSet(_Record):
     """In an n-gram."""
     dropped: int = 0
     """Training documents that held one of its passages and are not in the corpus."""
+    kept: int = 0
+    """Training documents that hold one of its passages and are in the corpus, unless as duplicates: a model that
+    learned from it may not be scored on the set."""
 
 
 class CorpusIndex(_Record):

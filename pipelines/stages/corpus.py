@@ -38,7 +38,7 @@ class CorpusStage:
 
     kind: ClassVar[str] = "corpus"
     artifact_kind: ClassVar[str | None] = "corpus"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     def sources(self, config: CorpusConfig) -> Mapping[str, str]:
         """Digests of the source and of the evaluation sets in files."""

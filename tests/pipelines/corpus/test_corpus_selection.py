@@ -164,6 +164,16 @@ def test_a_corpus_that_overlaps_is_refused_where_the_recipe_says_so(run: Run, qu
         run("refused", contamination=questions.model_copy(update={"action": "refuse"}))
 
 
+def test_what_overlaps_is_kept_and_counted_where_the_recipe_says_so(run: Run, questions: ContaminationConfig) -> None:
+    before, _ = run("before")
+    corpus, summary = run("kept", contamination=questions.model_copy(update={"action": "keep"}))
+    assert _ids(corpus, "train") == _ids(before, "train")
+    checked = CorpusIndex.load(corpus).checked["quiz"]
+    assert checked.kept == len({f"quiz{n}" for n in range(8)} & _ids(before, "train"))
+    assert checked.dropped == 0
+    assert "overlap_quiz" not in summary["drops"]
+
+
 def test_another_evaluation_set_is_another_fingerprint(questions: ContaminationConfig, records: Path) -> None:
     config = CorpusConfig(tokenizer="tokenizer", source=SourceConfig(path=str(records)), contamination=questions)
     first = CorpusStage().sources(config)
