@@ -9,6 +9,7 @@ costs the same.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -90,6 +91,7 @@ class Mixture:
         _check(phases)
         self.sources = tuple(phases[0].weights)
         self._patterns: list[_Pattern] = []
+        self._firsts: list[int] = []
         before = np.zeros(len(self.sources), dtype=np.int64)
         for phase in phases:
             first = phase.from_step * batch_rows
@@ -97,17 +99,12 @@ class Mixture:
                 before = self._patterns[-1].taken(first)
             weights = [phase.weights[name] for name in self.sources]
             common = math.gcd(*weights)
+            self._firsts.append(first)
             self._patterns.append(_Pattern(first, before, [weight // common for weight in weights]))
 
     def draw(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Source of each global sample (a number into `sources`), and its place among that source's samples."""
-        sources, ordinals = np.empty_like(samples), np.empty_like(samples)
-        firsts = [pattern.first for pattern in self._patterns]
-        phase_of = np.searchsorted(firsts, samples, side="right") - 1
-        for number in np.unique(phase_of):
-            chosen = phase_of == number
-            sources[chosen], ordinals[chosen] = self._patterns[number].draw(samples[chosen])
-        return sources, ordinals
+        """Sources (numbers into `sources`) of global samples of one step, and their places among their source's."""
+        return self._patterns[bisect_right(self._firsts, samples[0]) - 1].draw(samples)
 
 
 def _check(phases: Sequence[Phase]) -> None:

@@ -29,7 +29,7 @@ class PretrainStage:
 
     kind: ClassVar[str] = "pretrain"
     artifact_kind: ClassVar[str | None] = "model"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: PretrainConfig) -> Mapping[str, str]:
         """Everything comes from the store."""

@@ -60,7 +60,7 @@ def test_without_a_document_splits_and_shortened_samples_are_shown(home: Path) -
         f"{len(TEXT.encode()) + 2002:,}",
     ]
     assert "... 1,400 more characters" in shown
-    assert {"chunk", "best-fit", "document"} <= set(shown.split())
+    assert {"concat", "best_fit", "one_document"} <= set(shown.split())
 
 
 def test_json_holds_everything(home: Path) -> None:

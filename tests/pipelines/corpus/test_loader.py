@@ -1,3 +1,4 @@
+import math
 import shutil
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but each document ends with end-of-text, and the other tokens are one more."""
+    stream = np.arange(1, TOKENS + 1, dtype=np.uint16)
+    stream[np.cumsum(LENGTHS) - 1] = 0
+    return _write(tmp_path_factory.mktemp("ended"), stream, LENGTHS)
+
+
+@pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another one, whose tokens count up from 10,000."""
     stream = np.arange(10_000, 10_900, dtype=np.uint16)
@@ -61,9 +70,24 @@ def test_the_permutation_is_a_bijection(size: int, key: bytes) -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_permutation_stays_inside_any_size(size: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=20))
-    images = Permutation(size, b"key")(positions).tolist()
+    images = Permutation(size, b"key")(np.array(positions, dtype=np.int64)).tolist()
     assert len(set(images)) == len(positions)
     assert all(0 <= image < size for image in images)
+
+
+@pytest.mark.parametrize("size", [1_000, 10_007, 215_339])
+def test_the_permutation_looks_random(size: int) -> None:
+    """Pairs of rows next to each other, and a side of the Feistel rectangle apart, fall into 16 x 16 cells evenly."""
+    side = math.isqrt(size - 1) + 1
+    for lag in (1, 2, -(-size // side), side):
+        statistics = []
+        for key in range(20):
+            cells = Permutation(size, str(key).encode())(np.arange(size)) * 16 // size
+            counts = np.bincount(cells[lag:] * 16 + cells[:-lag], minlength=256)
+            expected = (size - lag) / 256
+            statistics.append(float(((counts - expected) ** 2 / expected).sum()))
+        # A random order gives 225 +- 20 (each row and column of cells has its size) for one key.
+        assert abs(np.mean(statistics) - 225) < 20
 
 
 def test_rows_are_the_stream_with_the_token_that_follows(corpus: Path) -> None:
@@ -141,41 +165,46 @@ def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(corpus: Pa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_rows_never_mix_documents(corpus: Path, layout: Layout) -> None:
-    loader = _open(corpus, layout=layout, batch_rows=12)
+def test_packed_rows_never_mix_documents(corpus: Path, ended: Path, layout: Layout) -> None:
+    plain, loader = _open(corpus, layout=layout, batch_rows=12), _open(ended, layout=layout, batch_rows=12)
     document_of = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     for step in range(12):
-        rows = loader.packed(step)
+        rows, places = loader.packed(step), plain.batch(step)
         assert np.array_equal(rows.tokens, loader.batch(step))
-        following = rows.targets
-        assert np.array_equal(rows.tokens[:, 1:][following], rows.tokens[:, :-1][following] + 1)
-        starts = document_of[rows.tokens[:, :-1]] == document_of[rows.tokens[:, 1:]]
-        assert starts[following].all()
-        assert (rows.documents > 0).any(axis=1).all()
+        targets = rows.targets
+        assert np.array_equal(places[:, 1:][targets], places[:, :-1][targets] + 1)
+        assert np.array_equal(document_of[places[:, 1:][targets]], document_of[places[:, :-1][targets]])
+        inside = rows.held[:, 1:] & (rows.tokens[:, :-1] != 0)
+        assert layout == "best_fit" or np.array_equal(targets, inside)  # there a cut document begins anew in a row
+        slices = [loader.packed(step, rank, 3) for rank in range(3)]
+        assert np.array_equal(np.concatenate([s.positions for s in slices]), rows.positions)
+    every = loader.packed_rows(10**6)
+    assert np.array_equal(every.tokens, loader.rows(10**6))
+    assert every.held.any(axis=1).all()
 
 
 def test_each_layout_says_what_it_does_to_the_documents(corpus: Path) -> None:
     reports = {layout: _open(corpus, layout=layout, row_tokens=99).packing_reports()[""] for layout in LAYOUTS}
-    assert {layout: r.cut_documents for layout, r in reports.items()} == {"chunk": 4, "best-fit": 3, "document": 3}
-    assert reports["document"].dropped == 150 + 60 + 20
-    assert reports["best-fit"].dropped == 0
-    assert reports["best-fit"].utilisation > reports["document"].utilisation
+    assert {layout: r.cut_documents for layout, r in reports.items()} == {"concat": 4, "best_fit": 3, "one_document": 3}
+    assert reports["one_document"].dropped == 150 + 60 + 20
+    assert reports["best_fit"].dropped == 0
+    assert reports["best_fit"].utilisation > reports["one_document"].utilisation
 
 
 def test_an_index_that_was_kept_gives_the_same_rows(corpus: Path, tmp_path: Path) -> None:
-    first = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    first = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     batches = [first.batch(step) for step in range(9)]
     (kept,) = (tmp_path / "indexes").iterdir()
     written = kept.stat().st_mtime_ns
-    again = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    again = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     assert np.array_equal([again.batch(step) for step in range(9)], batches)
     kept.write_bytes(b"damaged")
-    mended = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    mended = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     assert np.array_equal([mended.batch(step) for step in range(9)], batches)
     assert kept.stat().st_mtime_ns > written
 
 
-def _mix(corpora: dict[str, Path | ShardFiles], *phases: Phase, layout: Layout = "chunk") -> Loader:
+def _mix(corpora: dict[str, Path | ShardFiles], *phases: Phase, layout: Layout = "concat") -> Loader:
     return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=8, seed=1)
 
 
