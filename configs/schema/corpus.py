@@ -9,17 +9,30 @@ from pydantic import BeforeValidator, Field, model_validator
 from configs.schema.base import Config, Input, placement
 
 
+MESSAGE_FORMATS = ("jsonl", "parquet", "arrow")
+"""Formats whose records can hold a list of messages."""
+
+
 class FieldsConfig(Config):
     """Which field of a record (a key of JSON, a column of a table) is what."""
 
     text: str = "text"
     """The document; a field of text."""
+    messages: str | None = None
+    """The document as a conversation instead: a list of messages, each with `role` and `content`. It is encoded by the
+    tokenizer's chat template; filters, duplicates and hashes see the contents, with a blank line between."""
     id: str | None = None
     """What the document is called where it comes from; kept beside its tokens, like the next two."""
     source: str | None = None
     """Where the document comes from."""
     label: str | None = None
     """Its class."""
+
+    @model_validator(mode="after")
+    def _text_or_messages(self) -> Self:
+        if self.messages is not None and "text" in self.model_fields_set:
+            raise ValueError("a document is text or messages: leave out text, or messages")
+        return self
 
 
 class CleaningConfig(Config):
@@ -72,6 +85,17 @@ class SourceConfig(Config):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of records (broken, bad UTF-8), or of files (cut off, no permission) if that is more, that may be unusable
     before the stage fails."""
+
+    @model_validator(mode="after")
+    def _messages_lie_in_records(self) -> Self:
+        if self.fields.messages is not None and self.format not in ("auto", *MESSAGE_FORMATS):
+            raise ValueError(
+                f"format {self.format} has no field of messages; allowed with fields.messages: auto, "
+                + ", ".join(MESSAGE_FORMATS)
+            )
+        if self.fields.messages is not None and "c4" in self.filters.rules:
+            raise ValueError("filter c4 takes lines out of a text, not out of fields.messages: leave one of them out")
+        return self
 
 
 class SplitConfig(Config):

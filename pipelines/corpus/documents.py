@@ -15,8 +15,8 @@ import blake3
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from configs.schema.corpus import SourceConfig
-from pipelines.corpus.blocks import Block, Read
+from configs.schema.corpus import MESSAGE_FORMATS, SourceConfig
+from pipelines.corpus.blocks import Block, Conversation, Message, Read
 from pipelines.corpus.clean import Step, clean, steps
 from pipelines.corpus.filters import Filters
 from pipelines.corpus.lines import LINE_READERS
@@ -58,9 +58,11 @@ class Documents:
     """Empty unless the source maps such a field; likewise the next two."""
     sources: list[str | None] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+    """What is encoded instead of the texts, which are then the contents; empty unless the source maps messages."""
 
     def extend(self, other: Documents, rows: Sequence[int]) -> None:
-        """Appends some rows of `other`, except their texts."""
+        """Appends some rows of `other`, except their texts and conversations."""
         for column in ("names", "digests", "ids", "sources", "labels"):
             values = getattr(other, column)
             if values:
@@ -87,6 +89,12 @@ class Ledger(BaseModel):
     """Documents changed, by cleaning step."""
     overlaps: dict[str, int] = Field(default_factory=dict)
     """Training documents kept although they overlap with an evaluation set, by set."""
+
+    def reject(self, name: str, reason: str) -> None:
+        """Moves a record called `name` from the documents to what is unusable."""
+        file, _, position = name.rpartition(":")
+        self.documents -= 1
+        self.rejected.append(Rejected(file, int(position), reason))
 
     def drop(self, reason: str, name: str, digest: str, text: bytes) -> None:
         """Counts a document that is left out."""
@@ -119,13 +127,16 @@ def read_documents(
         for found in _read(listing, piece, config):
             if isinstance(found, Rejected):
                 ledger.rejected.append(found)
-            elif found.texts:
+            elif found.positions:
                 yield _refine(found, piece.file.name, whole, changes, filters, ledger)
 
 
 def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
     name = piece.file.name
     kind, compression = file_format(name, config)
+    if config.fields.messages is not None and kind not in MESSAGE_FORMATS:
+        yield Rejected(name, 0, f"format {kind} has no field {config.fields.messages!r} of messages", rest=True)
+        return
     if kind == "text" and piece.file.size_bytes <= MAX_RECORD_BYTES:
         opened = pa.BufferReader(listing.read(piece.file))  # compared with the listing
     else:
@@ -148,11 +159,18 @@ def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: 
     """The block's documents, cleaned; without those that are empty or dropped."""
     rows: list[int] = []
     cleaned: list[bytes] = []
-    for row, text in enumerate(block.texts):
-        content = _clean(text, file, block.positions[row], changes, ledger)
-        if content:
+    conversations: dict[int, Conversation] = {}
+    for row, position in enumerate(block.positions):
+        messages = block.conversations[row] if block.conversations else ()
+        texts = [m.content for m in messages] if messages else [block.texts[row]]
+        contents = _clean(texts, file, position, changes, ledger)
+        if contents is not None:
             rows.append(row)
-            cleaned.append(content)
+            cleaned.append(contents[0] if len(contents) == 1 else b"\n\n".join(filter(None, contents)))
+            if messages:
+                conversations[row] = tuple(
+                    Message(m.role, content.decode()) for m, content in zip(messages, contents, strict=True)
+                )
     documents = Documents()
     kept: list[int] = []
     for row, (content, reason) in zip(rows, filters.apply(cleaned), strict=True):
@@ -165,6 +183,7 @@ def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: 
         documents.names.append(name)
         documents.texts.append(content)
         documents.digests.append(digest)
+    documents.conversations = [conversations[row] for row in kept if conversations]
     for column in ("ids", "sources", "labels"):
         values = getattr(block, column)
         if values:
@@ -173,21 +192,24 @@ def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: 
     return documents
 
 
-def _clean(text: str, file: str, position: int, changes: list[Step], ledger: Ledger) -> bytes | None:
-    """The document after cleaning, in UTF-8; None if there is none."""
+def _clean(texts: list[str], file: str, position: int, changes: list[Step], ledger: Ledger) -> list[bytes] | None:
+    """The texts of a document after cleaning, in UTF-8; None if nothing is left of them."""
     try:
-        content = text.encode()
+        contents = [text.encode() for text in texts]
     except UnicodeEncodeError as error:
         ledger.rejected.append(Rejected(file, position, f"not text that UTF-8 can hold: {error.reason}"))
         return None
-    ledger.read_bytes += len(content)
-    content, changed = clean(content, changes)
+    changed: dict[str, None] = {}
+    for number, content in enumerate(contents):
+        ledger.read_bytes += len(content)
+        contents[number], by = clean(content, changes)
+        changed |= dict.fromkeys(by)
     for step in changed:
         ledger.changes[step] = ledger.changes.get(step, 0) + 1
-    if not content:
+    if not any(contents):
         ledger.empty += 1
         return None
-    return content
+    return contents
 
 
 def sample_texts(
