@@ -63,7 +63,7 @@ class CorpusStage:
         evaluation = register(sets, config.contamination, context.work / "evaluation.arrow") if sets else None
         encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
         if encoded.differing is not None:
-            backend, reason = "tokenizers", f"gigatoken encoded {encoded.differing} differently"
+            backend, reason = "tokenizers", f"{backend} encoded {encoded.differing} differently"
             encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
         check_unchanged(listing, config.source)
         parts = _parts(context, backend)
