@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs.schema.base import Config, Input, placement
 
-
 MESSAGE_FORMATS = ("jsonl", "parquet", "arrow")
 """Formats whose records can hold a list of messages."""
 
@@ -52,9 +51,21 @@ class CleaningConfig(Config):
     """Kinds of personal or secret data to replace by placeholders."""
 
 
+class LanguageConfig(Config):
+    """Languages of documents, told by their beginning (fastText's lid.176)."""
+
+    keep: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] = ()
+    """ISO 639 codes; documents in other languages are dropped. Unless given, languages are only counted. `und` stands
+    for documents whose language is not certain."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability below which a language is not certain. 0.65 is FineWeb's."""
+
+
 class FiltersConfig(Config):
     """Which documents are good enough."""
 
+    language: LanguageConfig | None = None
+    """Tells languages and counts them in the report; off unless given (`language: {}` only counts)."""
     rules: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"], ...] = ()
     """Published sets of rules, applied in this order; a document is dropped for the first it breaks. `c4` also takes
     lines out of documents."""

@@ -26,7 +26,8 @@ from configs.errors import DataError
 from configs.schema.base import content_literals
 from configs.schema.corpus import ContaminationConfig, CorpusConfig, EvaluationSetConfig, FieldsConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Documents, Ledger, read_documents
+from pipelines.corpus.documents import Documents, read_documents
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import plan_spans
 from pipelines.corpus.shards import CheckedSet, read_batch, write_batch
 from pipelines.corpus.shingles import Hashes, lengthen, runs, split_words, word_hashes
@@ -234,7 +235,8 @@ def drop_overlapping(documents: Documents, held_out: Sequence[bool], gate: Gate,
             ledger.overlaps[found.name] = ledger.overlaps.get(found.name, 0) + 1
         elif found is not None:
             passage = f"{found.passage} ...".encode()
-            ledger.drop(reason(found.name), documents.names[row], documents.digests[row], passage)
+            name, digest, source = documents.names[row], documents.digests[row], documents.source(row)
+            ledger.drop(reason(found.name), name, digest, passage, source)
             ledger.documents -= 1
     return kept
 

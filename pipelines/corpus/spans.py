@@ -24,8 +24,9 @@ from configs.schema.corpus import DedupConfig, SourceConfig, SplitConfig
 from pipelines.corpus.chat import ChatEncoder, process_chat
 from pipelines.corpus.contamination import Registered, drop_overlapping, process_gate
 from pipelines.corpus.dedup import Fingerprints
-from pipelines.corpus.documents import Documents, Ledger, read_documents
+from pipelines.corpus.documents import Documents, read_documents
 from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, Ids, process_encoder
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import Piece
 from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_lists, write_batch
 from pipelines.corpus.sources import Listing, is_validation

@@ -18,8 +18,9 @@ from configs.errors import ContractError, DataError
 from configs.schema.corpus import CorpusConfig
 from pipelines.corpus.account import Account
 from pipelines.corpus.contamination import Registered, evaluation_sets, register, set_digest, settle
-from pipelines.corpus.documents import Ledger, sample_texts
+from pipelines.corpus.documents import sample_texts
 from pipelines.corpus.encode import Backend, Encoder, choose_backend
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
 from pipelines.corpus.report import Tally, metrics, render, split_figures
 from pipelines.corpus.selection import Selection
@@ -81,7 +82,7 @@ class CorpusStage:
             "source_digest": listing.digest,
             "files": files,
             **account.summary(),
-            **tally.figures(),
+            **tally.figures(account.by_source),
             "duplicates": selection.figures(),
             "contamination": {name: one.model_dump() for name, one in checked.items()},
             "vocab_size": index.vocab_size,

@@ -21,8 +21,9 @@ from configs.errors import ContractError
 from configs.schema.corpus import CorpusConfig, FieldsConfig, FiltersConfig, SourceConfig, SplitConfig
 from pipelines.corpus.blocks import Message
 from pipelines.corpus.chat import ChatEncoder
-from pipelines.corpus.documents import Documents, Ledger, read_documents, sample_texts
+from pipelines.corpus.documents import Documents, read_documents, sample_texts
 from pipelines.corpus.encode import Encoder
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import plan_spans
 from pipelines.corpus.shards import CorpusIndex, read_batch
 from pipelines.corpus.sources import list_source
@@ -81,7 +82,8 @@ def test_what_is_no_conversation_is_rejected_with_the_reason(tmp_path: Path) -> 
     good = {"role": "user", "content": "hello"}
     rows: list[Any] = [
         [good], None, "text", [], ["text"], [good, {"role": "tool", "content": None}], [{"content": "x"}],
-        [{"role": "<|end|>", "content": "x"}], [{"role": "user", "content": "\ud800"}], [{"role": "user", "content": ""}],
+        [{"role": "<|end|>", "content": "x"}],
+        [{"role": "user", "content": "\ud800"}], [{"role": "user", "content": ""}],
     ]  # fmt: skip
     _write(tmp_path / "a.jsonl", rows)
     (tmp_path / "b.txt").write_text("no record")

@@ -17,7 +17,8 @@ from pyarrow import fs
 from configs.errors import DataError
 from configs.schema.corpus import CleaningConfig, FieldsConfig, FiltersConfig, SourceConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Ledger, read_documents, sample_texts
+from pipelines.corpus.documents import read_documents, sample_texts
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import LARGEST_SPAN_BYTES, SMALLEST_SPAN_BYTES, choose_span_bytes, plan_spans
 from pipelines.corpus.sources import list_source
 
