@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpus.sources import Rejected
+from pipelines.corpus.sources import Rejected, check_reached
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 64 << 20
@@ -37,6 +37,7 @@ class Stream:
             try:
                 part: bytes = self._opened.read(min(missing, self._step))
             except OSError as error:
+                check_reached(error, "the file")
                 self.failure = str(error).splitlines()[0]
                 break
             if not part:

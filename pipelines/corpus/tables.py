@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from configs.schema.corpus import FieldsConfig, SourceConfig
 from pipelines.corpus.blocks import Read, document_field, gather
-from pipelines.corpus.sources import Rejected
+from pipelines.corpus.sources import Rejected, check_reached
 
 TableReader = Callable[[Any, str, int, int | None, SourceConfig], Read]
 
@@ -30,11 +30,13 @@ def row_group_sizes(opened: Any) -> list[int]:
     try:
         metadata = pq.ParquetFile(opened).metadata
         return [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-    except _BROKEN:
+    except _BROKEN as error:
+        check_reached(error, "the file")
         return []
 
 
 def _lost(name: str, row: int, error: BaseException) -> Rejected:
+    check_reached(error, name)
     return Rejected(name, row, f"{str(error).splitlines()[0]}; the rest of the rows is lost", rest=True)
 
 
