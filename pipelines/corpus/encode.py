@@ -69,9 +69,9 @@ class Encoder:
         Raises:
             ContractError: there is no usable tokenizer.json, or no end-of-text token.
         """
-        description, path = _describe(folder), folder / _TOKENIZER
+        path = folder / _TOKENIZER
         try:
-            reference = Tokenizer.from_str(json.dumps(description))
+            reference = Tokenizer.from_file(str(path))
             end_of_text = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise _unusable(path, str(error)) from error
@@ -81,8 +81,11 @@ class Encoder:
         if end_of_text_id is None:
             raise _unusable(path, f"eos_token {end_of_text!r}")
         reference.encode_special_tokens = True
+        reference.no_truncation()
+        reference.no_padding()
         fast: Callable[[bytes], Ids] | None = None
         if backend == "gigatoken":
+            description = _describe(folder)
             ordinary = [token for token in description["added_tokens"] if not token["special"]]
             fast = gigatoken.Tokenizer.from_json(json.dumps({**description, "added_tokens": ordinary})).encode
         elif backend == "words":
