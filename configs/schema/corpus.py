@@ -41,7 +41,8 @@ class CleaningConfig(Config):
     """Unicode normal form; `auto` is NFC except for files that hold program source by their ending, whose bytes are
     their meaning. Files left alone are also kept from `mojibake` and `controls`."""
     mojibake: bool = True
-    """Repair text that was decoded with the wrong character set (`ftfy`), where its traces are found."""
+    """Repair text that was decoded with the wrong character set (`ftfy`), where its traces are found and the text does
+    not look like program source."""
     controls: bool = True
     """Remove control characters other than tab and line feed, lone carriage returns and byte-order marks; end lines
     with a line feed."""
