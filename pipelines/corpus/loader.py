@@ -14,18 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.artifacts import hash_json
 from configs.errors import ContractError, DataError, InputError
-from pipelines.corpus.mixture import Mixture, Phase
+from configs.schema.data import Layout, Phase
+from pipelines.corpus.mixture import Mixture
 from pipelines.corpus.packing import (
     ConcatPacking,
     IndexPacking,
-    Layout,
     PackedRows,
     Packing,
     PackingReport,
@@ -33,6 +33,7 @@ from pipelines.corpus.packing import (
     best_fit_packing,
     describe_pieces,
     describe_stream,
+    document_begins,
     document_packing,
     merge,
 )
@@ -113,14 +114,16 @@ class Source:
         """Where each document begins in the stream, and the end."""
         return self.stream.offsets()
 
-    def order(self, ordinals: Rows) -> tuple[Rows, Rows]:
-        """Epoch and row of samples, in rising order: sample k is position k mod rows of epoch k div rows."""
+    def order(self, ordinals: Rows) -> tuple[Rows | int, Rows]:
+        """Epoch (one for all, if they have the same) and row of samples, in rising order: sample k is position k mod
+        rows of epoch k div rows.
+        """
         size = self.packing.rows
+        first, last = int(ordinals[0]) // size, int(ordinals[-1]) // size
+        if first == last:
+            return first, self._permutation(first)(ordinals - first * size)
         epochs = ordinals // size
         positions = ordinals - epochs * size
-        first, last = int(epochs[0]), int(epochs[-1])
-        if first == last:
-            return epochs, self._permutation(first)(positions)
         rows = [self._permutation(epoch)(positions[epochs == epoch]) for epoch in range(first, last + 1)]
         return epochs, np.concatenate(rows)
 
@@ -134,14 +137,13 @@ class Source:
         return kept
 
 
-@dataclass(frozen=True)
-class _Share:
+class _Share(NamedTuple):
     """What one source gives to a batch: rows of epochs, and which rows of the batch they become."""
 
     number: int
     source: Source
     slots: Rows
-    epochs: Rows
+    epochs: Rows | int
     rows: Rows
 
 
@@ -192,7 +194,7 @@ class Loader:
         """
         rowing = Rowing(split, row_tokens, layout, indexes)
         source = Source.open("", corpus, rowing, seed)
-        return cls([source], Mixture([Phase(0, {"": 1})], batch_rows), rowing=rowing, batch_rows=batch_rows)
+        return cls([source], Mixture([Phase(weights={"": 1})], batch_rows), rowing=rowing, batch_rows=batch_rows)
 
     @classmethod
     def mix(
@@ -264,6 +266,11 @@ class Loader:
         """The same rows as `rows`, with what keeps attention inside documents."""
         return self._described(self._spread(count))
 
+    def samples(self, steps: int) -> dict[str, int]:
+        """How many samples of each source the first `steps` batches hold."""
+        counts = self._mixture.taken(steps * self._batch_rows).tolist()
+        return dict(zip(self._mixture.sources, counts, strict=True))
+
     def packing_reports(self) -> dict[str, PackingReport]:
         """What the layout does to each source's documents."""
         named = zip(self._mixture.sources, self._sources, strict=True)
@@ -282,7 +289,7 @@ class Loader:
         first = step * self._batch_rows + rank * count
         samples = np.arange(first, first + count)
         if len(self._sources) == 1:
-            return [_Share(0, self._sources[0], samples - first, *self._sources[0].order(samples))]
+            return [_Share(0, self._sources[0], np.arange(count), *self._sources[0].order(samples))]
         sources, ordinals = self._mixture.draw(samples)
         shares = []
         for number, source in enumerate(self._sources):
@@ -301,7 +308,7 @@ class Loader:
             slots = np.flatnonzero(numbers == number)
             if len(slots):
                 rows = chosen[slots] - self._row_starts[number]
-                shares.append(_Share(number, source, slots, np.zeros_like(rows), rows))
+                shares.append(_Share(number, source, slots, 0, rows))
         return shares
 
     def _pieces(self, shares: list[_Share]) -> list[Pieces]:
@@ -324,4 +331,5 @@ class Loader:
         tokens = self._tokens(shares, pieces)
         if self._padded:
             return describe_pieces(tokens, merge(pieces))
-        return describe_stream(tokens, self._sources[0].index.end_of_text_id)
+        begins = [document_begins(its, s.source.offsets) for s, its in zip(shares, pieces, strict=True)]
+        return describe_stream(tokens, begins)

@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from pipelines.corpus.shards import read_batch, write_batch
 
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
-Layout = Literal["concat", "best_fit", "one_document"]
 _CHECKSUM = b"xxh3-128"
 
 
@@ -301,12 +300,23 @@ class PackedRows:
         return np.append(np.flatnonzero(inputs == 0), inputs.size).astype(np.int32)
 
 
-def describe_stream(tokens: Ints, end_of_text_id: int) -> PackedRows:
-    """The rows `tokens` of layout `concat`: a document ends with the end-of-text token, and with nothing else."""
-    begun = np.empty(tokens.shape, dtype=np.bool_)
-    begun[:, 0] = True
-    np.equal(tokens[:, :-1], end_of_text_id, begun[:, 1:])
-    return PackedRows(tokens, _positions(np.flatnonzero(begun), tokens), np.ones(tokens.shape, dtype=np.bool_))
+def document_begins(pieces: Pieces, offsets: Ints) -> Ints:
+    """Places at which the rows of layout `concat` begin, one a piece, and then those at which documents do that lie
+    between `offsets` of the stream.
+    """
+    begins, count = pieces.begins, len(pieces.begins)
+    before = offsets.searchsorted(np.concatenate([begins, begins + pieces.lengths - 1]), side="right")
+    counts = before[count:] - before[:count]
+    ends = counts.cumsum()
+    inner = offsets[(before[count:] - ends).repeat(counts) + np.arange(ends[-1])]
+    return np.concatenate([pieces.places, inner + (pieces.places - begins).repeat(counts)])
+
+
+def describe_stream(tokens: Ints, begins: Sequence[Ints]) -> PackedRows:
+    """The rows `tokens` of layout `concat`; `begins` are `document_begins` of one source or several."""
+    merged = np.concatenate(begins) if len(begins) > 1 else begins[0]
+    merged.sort()
+    return PackedRows(tokens, _positions(merged, tokens), np.ones(tokens.shape, dtype=np.bool_))
 
 
 def describe_pieces(tokens: Ints, pieces: Pieces) -> PackedRows:

@@ -1,5 +1,6 @@
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,9 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ContractError, CorruptArtifactError, DataError, InputError
+from configs.schema.data import Layout, Phase
 from pipelines.corpus.loader import Loader, Rowing
-from pipelines.corpus.mixture import Phase
-from pipelines.corpus.packing import Layout
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFiles
 from pipelines.corpus.shards import CorpusIndex
@@ -35,14 +35,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = _write(tmp_path_factory.mktemp("corpus"), np.arange(TOKENS, dtype=np.uint16), LENGTHS)
     assert len(list(folder.glob("shards/*"))) > 2
     return folder
-
-
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, but each document ends with end-of-text, and the other tokens are one more."""
-    stream = np.arange(1, TOKENS + 1, dtype=np.uint16)
-    stream[np.cumsum(LENGTHS) - 1] = 0
-    return _write(tmp_path_factory.mktemp("ended"), stream, LENGTHS)
 
 
 @pytest.fixture(scope="module")
@@ -149,33 +141,45 @@ def test_an_unknown_or_short_split_is_an_error(corpus: Path) -> None:
         _open(corpus, row_tokens=TOKENS)
 
 
-def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(corpus: Path) -> None:
-    """1 worker, then 3, then 2, each starting anew in the middle of an epoch, on layouts and mixtures alike."""
-    for layout in LAYOUTS:
-        straight = _open(corpus, batch_rows=6, layout=layout)
-        samples, tokens = [], []
-        for world_size, steps in ((1, range(3)), (3, range(3, 8)), (2, range(8, 20))):
-            workers = [_open(corpus, batch_rows=6, layout=layout) for _ in range(world_size)]
-            for step in steps:
-                for rank, worker in enumerate(workers):
-                    samples.append(worker.ledger(step, rank, world_size))
-                    tokens.append(worker.batch(step, rank, world_size))
-        assert np.array_equal(np.concatenate(samples), np.concatenate([straight.ledger(s) for s in range(20)]))
-        assert np.array_equal(np.concatenate(tokens), np.concatenate([straight.batch(s) for s in range(20)]))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(
+    corpus: Path, other: Path, layout: Layout, mixed: bool
+) -> None:
+    """1 worker, then 3, then 2, each starting anew in the middle of an epoch and of a phase of the mixture."""
+    phases = Phase(weights={"a": 2, "b": 1}), Phase(from_step=10, weights={"a": 1, "b": 1})
+
+    def opened() -> Loader:
+        if mixed:
+            return _mix({"a": corpus, "b": other}, *phases, layout=layout, batch_rows=6)
+        return _open(corpus, batch_rows=6, layout=layout)
+
+    straight = opened()
+    samples, tokens, positions = [], [], []
+    for world_size, steps in ((1, range(3)), (3, range(3, 8)), (2, range(8, 20))):
+        workers = [opened() for _ in range(world_size)]
+        for step in steps:
+            for rank, worker in enumerate(workers):
+                samples.append(worker.ledger(step, rank, world_size))
+                tokens.append(worker.batch(step, rank, world_size))
+                positions.append(worker.packed(step, rank, world_size).positions)
+    assert np.array_equal(np.concatenate(samples), np.concatenate([straight.ledger(s) for s in range(20)]))
+    assert np.array_equal(np.concatenate(tokens), np.concatenate([straight.batch(s) for s in range(20)]))
+    assert np.array_equal(np.concatenate(positions), np.concatenate([straight.packed(s).positions for s in range(20)]))
+    counted = np.bincount(np.concatenate(samples)[:, 0]).tolist()
+    assert counted == list(straight.samples(20).values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_packed_rows_never_mix_documents(corpus: Path, ended: Path, layout: Layout) -> None:
-    plain, loader = _open(corpus, layout=layout, batch_rows=12), _open(ended, layout=layout, batch_rows=12)
+def test_packed_rows_never_mix_documents(corpus: Path, layout: Layout) -> None:
+    loader = _open(corpus, layout=layout, batch_rows=12)
     document_of = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
     for step in range(12):
-        rows, places = loader.packed(step), plain.batch(step)
+        rows = loader.packed(step)
         assert np.array_equal(rows.tokens, loader.batch(step))
-        targets = rows.targets
-        assert np.array_equal(places[:, 1:][targets], places[:, :-1][targets] + 1)
-        assert np.array_equal(document_of[places[:, 1:][targets]], document_of[places[:, :-1][targets]])
-        inside = rows.held[:, 1:] & (rows.tokens[:, :-1] != 0)
-        assert layout == "best_fit" or np.array_equal(targets, inside)  # there a cut document begins anew in a row
+        before, after, targets = rows.tokens[:, :-1], rows.tokens[:, 1:], rows.targets
+        together = (document_of[before] == document_of[after]) & (after == before + 1)
+        assert np.array_equal(targets, together & rows.held[:, 1:])
         slices = [loader.packed(step, rank, 3) for rank in range(3)]
         assert np.array_equal(np.concatenate([s.positions for s in slices]), rows.positions)
     every = loader.packed_rows(10**6)
@@ -204,15 +208,17 @@ def test_an_index_that_was_kept_gives_the_same_rows(corpus: Path, tmp_path: Path
     assert kept.stat().st_mtime_ns > written
 
 
-def _mix(corpora: dict[str, Path | ShardFiles], *phases: Phase, layout: Layout = "concat") -> Loader:
-    return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=8, seed=1)
+def _mix(
+    corpora: Mapping[str, Path | ShardFiles], *phases: Phase, layout: Layout = "concat", batch_rows: int = 8
+) -> Loader:
+    return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=batch_rows, seed=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mixture_gives_every_batch_its_share_and_changes_at_its_step(
     corpus: Path, other: Path, layout: Layout
 ) -> None:
-    phases = Phase(0, {"a": 3, "b": 1}), Phase(5, {"a": 0, "b": 1})
+    phases = Phase(weights={"a": 3, "b": 1}), Phase(from_step=5, weights={"a": 0, "b": 1})
     corpora: dict[str, Path | ShardFiles] = {"b": other, "a": corpus}
     loader = _mix(corpora, *phases, layout=layout)
     for step in range(10):
@@ -230,7 +236,7 @@ def test_a_mixture_gives_every_batch_its_share_and_changes_at_its_step(
 
 
 def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, other: Path) -> None:
-    loader = _mix({"a": corpus, "b": other}, Phase(0, {"a": 1, "b": 3}))
+    loader = _mix({"a": corpus, "b": other}, Phase(weights={"a": 1, "b": 3}))
     ledger = np.concatenate([loader.ledger(step) for step in range(60)])
     for number, source in enumerate((corpus, other)):
         rows = ledger[(ledger[:, 0] == number) & (ledger[:, 1] == 0), 2]
@@ -239,10 +245,10 @@ def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, othe
 
 def test_a_mixture_of_what_does_not_go_together_is_an_error(corpus: Path, other: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="allowed: a, c"):
-        _mix({"a": corpus, "c": other}, Phase(0, {"a": 1, "b": 1}))
+        _mix({"a": corpus, "c": other}, Phase(weights={"a": 1, "b": 1}))
     stranger = _write(tmp_path, np.arange(900, dtype=np.uint16), [900], contract="another")
     with pytest.raises(ContractError, match="corpora a and b were made with different tokenizers"):
-        _mix({"a": corpus, "b": stranger}, Phase(0, {"a": 1, "b": 1}))
+        _mix({"a": corpus, "b": stranger}, Phase(weights={"a": 1, "b": 1}))
 
 
 def _damage(path: Path) -> None:

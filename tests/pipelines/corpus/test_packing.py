@@ -17,6 +17,7 @@ from pipelines.corpus.packing import (
     best_fit_packing,
     describe_pieces,
     describe_stream,
+    document_begins,
     document_packing,
 )
 
@@ -29,17 +30,16 @@ def _offsets(lengths: list[int]) -> Ints:
 
 
 def _rows(packing: Packing, offsets: Ints) -> tuple[Ints, PackedRows]:
-    """Every row of a stream: where in the stream each token lies (-1 is padding), and the rows; 0 ends a document."""
+    """Every row of a stream: where in the stream each token lies (-1 is padding), and the rows."""
     pieces = _pieces(packing, np.arange(packing.rows))
     places = np.full(packing.rows * (packing.row_tokens + 1), -1, dtype=np.int64)
     for place, begin, length in zip(pieces.places, pieces.begins, pieces.lengths, strict=True):
         assert (places[place : place + length] == -1).all()
         places[place : place + length] = np.arange(begin, begin + length)
     places = places.reshape(packing.rows, -1)
-    tokens = np.where(np.isin(places + 1, offsets), 0, places + 1)
     if isinstance(packing, ConcatPacking):
-        return places, describe_stream(tokens, 0)
-    return places, describe_pieces(tokens, pieces)
+        return places, describe_stream(places, [document_begins(pieces, offsets)])
+    return places, describe_pieces(places, pieces)
 
 
 def _pieces(packing: Packing, rows: Ints) -> Pieces:
