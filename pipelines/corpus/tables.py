@@ -85,7 +85,8 @@ def _batches(opened: Any) -> Iterator[Any]:
 
 
 def _columns(schema: Any, fields: FieldsConfig) -> list[str]:
-    wanted = [name for name in (document_field(fields), fields.id, fields.source, fields.label) if name is not None]
+    mapped = (document_field(fields), fields.id, fields.source, fields.label)
+    wanted = list(dict.fromkeys(name for name in mapped if name is not None))  # one column may be several things
     missing = [name for name in wanted if schema.names.count(name) != 1]
     if missing:
         raise ValueError(f"no column {missing[0]!r} (columns: {', '.join(schema.names)[:200]})")
