@@ -10,6 +10,7 @@ A source's rows are visited in the order of a keyed permutation, another one eac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -137,6 +138,18 @@ class Source:
         return kept
 
 
+class Sample(NamedTuple):
+    """A row of a batch, and where its tokens come from."""
+
+    source: str
+    epoch: int
+    """Of the source, from 0."""
+    row: int
+    """Of the source's packing."""
+    documents: tuple[int, ...]
+    """Numbers in the source's split, in the order of the row; a document cut in two may come twice."""
+
+
 class _Share(NamedTuple):
     """What one source gives to a batch: rows of epochs, and which rows of the batch they become."""
 
@@ -256,6 +269,24 @@ class Loader:
             samples[share.slots, 1] = share.epochs
             samples[share.slots, 2] = share.rows
         return samples
+
+    def provenance(self, step: int) -> list[Sample]:
+        """The rows of the global batch of `step` with the documents they hold, in the order of `ledger`."""
+        samples: dict[int, Sample] = {}
+        for share in self._draw(step, 0, 1):
+            epochs = np.broadcast_to(share.epochs, share.rows.shape)
+            places = share.slots * (self._row_tokens + 1)
+            pieces = share.source.packing.pieces(share.rows, places)
+            offsets = share.source.offsets
+            first = offsets.searchsorted(pieces.begins, side="right") - 1
+            last = offsets.searchsorted(pieces.begins + pieces.lengths - 1, side="right") - 1
+            held = [range(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            bounds = [*pieces.places.searchsorted(places).tolist(), len(held)]
+            name = self._mixture.sources[share.number]
+            for i, (slot, epoch, row) in enumerate(zip(share.slots, epochs, share.rows, strict=True)):
+                documents = tuple(itertools.chain.from_iterable(held[bounds[i] : bounds[i + 1]]))
+                samples[int(slot)] = Sample(name, int(epoch), int(row), documents)
+        return [samples[slot] for slot in sorted(samples)]
 
     def rows(self, count: int) -> Rows:
         """`count` rows (all, if there are fewer) spread evenly over the split, in document order: for evaluation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
@@ -23,6 +23,8 @@ from pipelines.training.models import build_model
 from pipelines.training.objectives import CausalLanguageModel, Objective
 from pipelines.training.publication import Publication, write_model
 from pipelines.training.worker import Task
+
+T = TypeVar("T")
 
 
 class PretrainStage:
@@ -43,7 +45,7 @@ class PretrainStage:
             ContractError: they were made with different ones.
             DataError: a split of a corpus is too short.
         """
-        corpora = {role.removeprefix("corpus").removeprefix("."): artifact for role, artifact in inputs.items()}
+        corpora = corpora_of(inputs)
         folders = {name: corpus.path.absolute() for name, corpus in corpora.items()}
         indexes = context.work.absolute() / "indexes"
         data = _describe_data(open_split("train", folders, config, indexes), config)
@@ -82,7 +84,13 @@ def assemble_pretraining(
     return model, objective
 
 
-def open_split(split: str, corpora: Mapping[str, Path], config: PretrainConfig, indexes: Path) -> Loader:
+def corpora_of(inputs: Mapping[str, T]) -> dict[str, T]:
+    """The inputs of a stage that are its corpora, by the names that its config gives them; "" if it gives none."""
+    corpora = {role: one for role, one in inputs.items() if role.partition(".")[0] == "corpus"}
+    return {role.partition(".")[2]: one for role, one in corpora.items()}
+
+
+def open_split(split: str, corpora: Mapping[str, Path], config: PretrainConfig, indexes: Path | None = None) -> Loader:
     """The batches of a split of `corpora`; indexes of packings are kept below `indexes`. Raises as `mix` does."""
     mixture = config.data.mixture
     phases = mixture if mixture and len(corpora) > 1 else [Phase(weights=dict.fromkeys(corpora, 1))]

@@ -187,6 +187,18 @@ def test_packed_rows_never_mix_documents(corpus: Path, layout: Layout) -> None:
     assert every.held.any(axis=1).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_knows_the_documents_it_holds(corpus: Path, other: Path, layout: Layout) -> None:
+    loader = _mix({"a": corpus, "b": other}, Phase(weights={"a": 1, "b": 1}), layout=layout)
+    document_of = np.concatenate([np.repeat(np.arange(len(LENGTHS)), LENGTHS), np.repeat(-1, 10_000 - TOKENS)])
+    document_of = np.append(document_of, np.repeat(np.arange(4), [300, 20, 300, 280]))
+    for step in range(9):
+        rows, samples = loader.packed(step), loader.provenance(step)
+        assert [[("a", "b").index(s.source), s.epoch, s.row] for s in samples] == loader.ledger(step).tolist()
+        for tokens, held, sample in zip(rows.tokens, rows.held, samples, strict=True):
+            assert set(sample.documents) == set(document_of[tokens[held]].tolist())
+
+
 def test_each_layout_says_what_it_does_to_the_documents(corpus: Path) -> None:
     reports = {layout: _open(corpus, layout=layout, row_tokens=99).packing_reports()[""] for layout in LAYOUTS}
     assert {layout: r.cut_documents for layout, r in reports.items()} == {"concat": 4, "best_fit": 3, "one_document": 3}
