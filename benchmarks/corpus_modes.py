@@ -147,6 +147,7 @@ def memory(options: argparse.Namespace) -> Measured:
             seconds = f"{made['seconds'][0]:.0f}"
             rows.append([label, f"{made['spans']:,}", f"{made['driver_mb']}", f"{made['worker_mb']}", seconds])
         shutil.rmtree(larger)
+    shutil.rmtree(work / "store" / "corpus")
     return figures, _table(["", "spans", "driver, MB", "largest worker, MB", "seconds"], rows) + "\n"
 
 
