@@ -115,15 +115,16 @@ class _Refiner:
         rows: list[int] = []
         cleaned: list[bytes] = []
         conversations: dict[int, Conversation] = {}
+        chats = block.conversations
         for row in range(len(block.positions)):
-            messages = block.conversations[row] if block.conversations else ()
-            contents = self._clean(block, row, [m.content for m in messages] or [block.texts[row]], file, changes)
+            texts = [m.content for m in chats[row]] if chats else [block.texts[row]]
+            contents = self._clean(block, row, texts, file, changes)
             if contents is None:
                 continue
             rows.append(row)
             cleaned.append(contents[0] if len(contents) == 1 else b"\n\n".join(filter(None, contents)))
-            if messages:
-                turns = zip(messages, contents, strict=True)
+            if chats:
+                turns = zip(chats[row], contents, strict=True)
                 conversations[row] = tuple(Message(m.role, content.decode()) for m, content in turns)
         documents = Documents()
         kept: list[int] = []
@@ -156,11 +157,12 @@ class _Refiner:
             return None
         counts = ledger.counts(source_name(block.sources, row))
         counts.documents_read += 1
-        changed: dict[str, None] = {}
+        changed: set[str] = set()
         for number, content in enumerate(contents):
             counts.read_bytes += len(content)
             contents[number], by = clean(content, changes)
-            changed |= dict.fromkeys(by)
+            if by:
+                changed.update(by)
         for step in changed:
             ledger.changes[step] = ledger.changes.get(step, 0) + 1
         if not any(contents):
