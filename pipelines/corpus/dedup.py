@@ -33,7 +33,8 @@ Positions = npt.NDArray[np.int64]
 
 _SEED = 1
 _SIGNED_AT_ONCE = 1 << 20
-"""N-grams that are gathered before they are signed."""
+"""N-grams, or numbers of their signatures, that are gathered before they are signed; the latter are Python's for a
+moment, of 40 bytes each."""
 _JOINED_AT_ONCE = 1 << 22
 """Documents whose keys one task joins, about; bounds its memory, decides nothing."""
 
@@ -78,7 +79,8 @@ class Fingerprints:
         if self._config.near is not None:
             self._pending.append(_near_grams(text, self._config.near))
             self._pending_grams += len(self._pending[-1])
-            if self._pending_grams >= _SIGNED_AT_ONCE:
+            signed = len(self._pending) * self._config.near.bands * self._config.near.rows
+            if max(self._pending_grams, signed) >= _SIGNED_AT_ONCE:
                 self._sign(self._config.near)
 
     def _sign(self, near: NearConfig) -> None:
