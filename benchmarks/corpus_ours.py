@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -42,8 +41,8 @@ from pipelines.stages.tokenizer import TokenizerStage
 VOCAB_SIZE = 8192
 LOADER_SHAPES = ((16, 256), (64, 1024))
 LOADER_STEPS = 2000
-_LONG_AGO = 1_600_000_000
-"""Seconds since 1970: a file that was changed just now might be changed again and is hashed whenever it is listed."""
+_SETTLING_SECONDS = 2.5
+"""A file that was changed just now might be changed again, and is hashed whenever it is listed."""
 
 
 def _run(stage: Stage[Any], config: Any, inputs: dict[str, Artifact], work: Path, name: str) -> Artifact:
@@ -106,9 +105,10 @@ def _corpora(
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     times, store = [], ArtifactStore(work / "store")
     with peaks("ray::") as memory:
-        for number in range(runs):
+        for _ in range(runs):
             for path in Path(config.source.path).glob("*.jsonl"):  # nothing may be known of them from the run before
-                os.utime(path, (_LONG_AGO + number, _LONG_AGO + number))
+                path.touch()
+            time.sleep(_SETTLING_SECONDS)
             for number in store.versions("corpus", "bench"):
                 store.remove(Ref("corpus", "bench", number))
             started = time.perf_counter()
