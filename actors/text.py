@@ -153,6 +153,51 @@ class Text:
         Special tokens come from the template alone: a special token's name in a message's content is encoded as
         ordinary characters. Raises `RequestError` if there is no template or it refuses the messages.
         """
+        rendered, marks = self._render_marked(messages, add_generation_prompt)
+        if not marks:
+            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        ids: list[int] = []
+        for segment in self._segments(rendered, marks):
+            ids.extend(self.encode(segment) if isinstance(segment, str) else (segment,))
+        return ids
+
+    def chat_segments(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[str | int]:
+        """A conversation under the chat template as runs of ordinary text and, between them, ids of special tokens.
+
+        For encoders other than this one. Raises as `render_chat` does.
+        """
+        return list(self._segments(*self._render_marked(messages, add_generation_prompt)))
+
+    def _render_marked(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+    ) -> tuple[str, Mapping[str, str]]:
+        """The rendered conversation, and by name the characters that stand for special tokens' names in messages."""
+        contents = "\n".join(message["content"] for message in messages)
+        named = sorted(set(self._special_pattern.findall(contents)))
+        if not named:
+            return self._render(messages, add_generation_prompt), {}
+        # Characters found nowhere in the conversation stand for the names while the template runs.
+        unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
+        marks = dict(zip(named, unused, strict=False))
+        marked = [
+            {**m, "content": self._special_pattern.sub(lambda name: marks[name[0]], m["content"])} for m in messages
+        ]
+        return self._render(marked, add_generation_prompt), marks
+
+    def _segments(self, rendered: str, marks: Mapping[str, str]) -> Iterator[str | int]:
+        names = str.maketrans({mark: name for name, mark in marks.items()})
+        end = 0
+        for special in self._special_pattern.finditer(rendered):
+            if special.start() > end:
+                yield rendered[end : special.start()].translate(names)
+            yield self._special_ids[special[0]]
+            end = special.end()
+        if end < len(rendered):
+            yield rendered[end:].translate(names)
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if self._template is None:
             raise RequestError(
                 "this model has no chat template",
@@ -160,29 +205,6 @@ class Text:
                 allowed="text completion",
                 next_step="use /v1/completions, or a model whose tokenizer has a chat template",
             )
-        contents = "\n".join(message["content"] for message in messages)
-        named = sorted(set(self._special_pattern.findall(contents)))
-        if not named:
-            rendered = self._render(messages, add_generation_prompt)
-            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
-        # Characters found nowhere in the conversation stand for the names while the template runs.
-        unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
-        marks = dict(zip(named, unused, strict=False))
-        marked = [
-            {**m, "content": self._special_pattern.sub(lambda name: marks[name[0]], m["content"])} for m in messages
-        ]
-        return list(self._encode_marked(self._render(marked, add_generation_prompt), marks))
-
-    def _encode_marked(self, rendered: str, marks: Mapping[str, str]) -> Iterator[int]:
-        names = str.maketrans({mark: name for name, mark in marks.items()})
-        end = 0
-        for special in self._special_pattern.finditer(rendered):
-            yield from self.encode(rendered[end : special.start()].translate(names))
-            yield self._special_ids[special[0]]
-            end = special.end()
-        yield from self.encode(rendered[end:].translate(names))
-
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         # Here and not above: it takes a second to import, and most users of this module only encode.
         from transformers.utils.chat_template_utils import render_jinja_template
 

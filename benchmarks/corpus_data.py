@@ -40,6 +40,36 @@ def make_jsonl(data: Path, folder: Path, limit_bytes: int) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.jsonl"))
 
 
+def enlarge(source: Path, folder: Path, size_bytes: int) -> int:
+    """Writes copies of the JSONL in `source` to `folder` until they make `size_bytes`; returns their bytes.
+
+    In every copy other words bear a number, so that no document comes twice.
+    """
+    folder.mkdir(parents=True)
+    files = [(folder / f"part-{i:02}.jsonl").open("w", encoding="utf-8") for i in range(FILES)]
+    size = copy = number = 0
+    while size < size_bytes:
+        for path in sorted(source.glob("*.jsonl")):
+            for line in path.open(encoding="utf-8"):
+                record = json.loads(line)
+                words = record["text"].split(" ")
+                changed = slice(copy % min(20, len(words)), None, 20)
+                words[changed] = [f"{word}{copy}" for word in words[changed]]
+                again = {"id": f"{copy}/{record['id']}", "text": " ".join(words)}
+                written = json.dumps(again, ensure_ascii=False) + "\n"
+                files[number % FILES].write(written)
+                number += 1
+                size += len(written.encode())
+                if size >= size_bytes:
+                    break
+            if size >= size_bytes:
+                break
+        copy += 1
+    for file in files:
+        file.close()
+    return size
+
+
 def _documents(data: Path) -> Iterator[tuple[str, str]]:
     """Novels and modules in turn, so that a part of them is mixed as the whole is."""
     sources = [_chapters(data / "eltec-eng"), _modules()]

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -22,10 +22,18 @@ from actors.store.tracker import NoTracker
 from benchmarks.corpus_peers import fingerprint
 from benchmarks.measuring import peaks
 from configs.artifacts import Identity, Ref
-from configs.schema.corpus import CorpusConfig, SourceConfig, TokenizerConfig
+from configs.schema.corpus import (
+    CorpusConfig,
+    DedupConfig,
+    FiltersConfig,
+    NearConfig,
+    SourceConfig,
+    TokenizerConfig,
+)
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.reading import ShardFolder, TokenStream
 from pipelines.corpus.shards import CorpusIndex
+from pipelines.corpus.tokenizer import Algorithm
 from pipelines.stage import Stage, StageContext
 from pipelines.stages.corpus import CorpusStage
 from pipelines.stages.tokenizer import TokenizerStage
@@ -33,6 +41,8 @@ from pipelines.stages.tokenizer import TokenizerStage
 VOCAB_SIZE = 8192
 LOADER_SHAPES = ((16, 256), (64, 1024))
 LOADER_STEPS = 2000
+_SETTLING_SECONDS = 2.5
+"""A file that was changed just now might be changed again, and is hashed whenever it is listed."""
 
 
 def _run(stage: Stage[Any], config: Any, inputs: dict[str, Artifact], work: Path, name: str) -> Artifact:
@@ -70,15 +80,25 @@ def _run(stage: Stage[Any], config: Any, inputs: dict[str, Artifact], work: Path
     return artifact
 
 
-def _tokenizer(source: SourceConfig, work: Path) -> Artifact:
-    """A byte-level BPE tokenizer learned from the source; kept in `work`."""
+def _tokenizer(source: SourceConfig, work: Path, algorithm: Algorithm) -> Artifact:
+    """A tokenizer learned from the source; kept in `work`."""
     store = ArtifactStore(work / "store")
-    if store.versions("tokenizer", "bench"):
-        return store.get("tokenizer/bench@1")
-    return _run(TokenizerStage(), TokenizerConfig(source=source, vocab_size=VOCAB_SIZE), {}, work, "bench")
+    if store.versions("tokenizer", algorithm):
+        return store.get(f"tokenizer/{algorithm}@1")
+    config = TokenizerConfig(source=source, vocab_size=VOCAB_SIZE, algorithm=algorithm)
+    return _run(TokenizerStage(), config, {}, work, algorithm)
 
 
-def _corpora(source: SourceConfig, tokenizer: Artifact, work: Path, workers: int, runs: int) -> dict[str, Any]:
+def _refined(config: CorpusConfig) -> CorpusConfig:
+    """With the filters of Gopher, and without exact and near duplicates."""
+    filters = FiltersConfig(rules=("gopher_quality", "gopher_repetition"))
+    source = config.source.model_copy(update={"filters": filters})
+    return config.model_copy(update={"source": source, "dedup": DedupConfig(near=NearConfig())})
+
+
+def _corpora(
+    config: CorpusConfig, tokenizer: Artifact, work: Path, workers: int, runs: int, *, ids: bool
+) -> dict[str, Any]:
     """Times of `runs` runs on one Ray cluster; the first finds no worker process that has our modules loaded."""
     import ray
 
@@ -86,23 +106,23 @@ def _corpora(source: SourceConfig, tokenizer: Artifact, work: Path, workers: int
     times, store = [], ArtifactStore(work / "store")
     with peaks("ray::") as memory:
         for _ in range(runs):
-            for path in Path(source.path).glob("*.jsonl"):
-                path.touch()  # nothing may be known of the files from the run before
+            for path in Path(config.source.path).glob("*.jsonl"):  # nothing may be known of them from the run before
+                path.touch()
+            time.sleep(_SETTLING_SECONDS)
             for number in store.versions("corpus", "bench"):
                 store.remove(Ref("corpus", "bench", number))
             started = time.perf_counter()
-            artifact = _run(
-                CorpusStage(), CorpusConfig(tokenizer="bench", source=source), {"tokenizer": tokenizer}, work, "bench"
-            )
+            artifact = _run(CorpusStage(), config, {"tokenizer": tokenizer}, work, "bench")
             times.append(time.perf_counter() - started)
     ray.shutdown()
     return {
         "seconds": times,
         "digest": artifact.digest,
         "encoder": artifact.manifest.summary.get("encoder"),
+        "spans": artifact.manifest.summary.get("spans"),
         "driver_mb": round(memory.driver),
         "worker_mb": round(memory.worker),
-        **_fingerprint(artifact.path),
+        **(_fingerprint(artifact.path) if ids else {}),
     }
 
 
@@ -144,16 +164,24 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--workers", type=int, nargs="+", default=[2])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--algorithm", choices=get_args(Algorithm), default="bpe")
+    parser.add_argument("--refined", action="store_true", help="filters and duplicates too")
+    parser.add_argument("--span-bytes", type=int)
+    parser.add_argument("--no-ids", action="store_true", help="leave the tokens alone once they are published")
     parser.add_argument("--tokenizer-only", action="store_true")
+    parser.add_argument("--loader", action="store_true", help="what the loader makes of the corpus, too")
     arguments = parser.parse_args()
     source = SourceConfig(path=str(arguments.source.absolute()), include=("*.jsonl",))
-    tokenizer = _tokenizer(source, arguments.work)
+    tokenizer = _tokenizer(source, arguments.work, arguments.algorithm)
     result: dict[str, Any] = {"tokenizer": str(tokenizer.path / "tokenizer.json")}
     if not arguments.tokenizer_only:
+        config = CorpusConfig(tokenizer="bench", source=source, span_bytes=arguments.span_bytes)
+        config = _refined(config) if arguments.refined else config
         result["corpora"] = {
-            workers: _corpora(source, tokenizer, arguments.work, workers, arguments.runs)
+            workers: _corpora(config, tokenizer, arguments.work, workers, arguments.runs, ids=not arguments.no_ids)
             for workers in arguments.workers
         }
+    if arguments.loader:
         corpus = ArtifactStore(arguments.work / "store").get("corpus/bench@1").path
         result["loader"] = [_loader(corpus, rows, row_tokens) for rows, row_tokens in LOADER_SHAPES]
     json.dump(result, sys.stdout)

@@ -1,4 +1,4 @@
-"""JSONL to token files with `datasets.map` and with datatrove; run by the interpreter that has them.
+"""JSONL to token files with `datasets.map` and with datatrove, plain or refined; run by the interpreter that has them.
 
 Prints one JSON document. Nothing of Ganymede is imported, so that the two need not share an environment.
 """
@@ -78,7 +78,6 @@ def run_datasets(source: Path, tokenizer: Path, work: Path, workers: int) -> dic
 
 def run_datatrove(source: Path, tokenizer: Path, work: Path, workers: int) -> dict[str, Any]:
     """Reads and tokenizes, a task a file, `workers` at a time; tokens end up in `.ds` files."""
-    import numpy as np
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -97,11 +96,61 @@ def run_datatrove(source: Path, tokenizer: Path, work: Path, workers: int) -> di
     started = time.perf_counter()
     LocalPipelineExecutor(steps, tasks=tasks, workers=workers, logging_dir=str(work / "logs")).run()
     ended = time.perf_counter()
+    return {"seconds": ended - started, **fingerprint(_datatrove_documents(work / "tokens"))}
+
+
+def _datatrove_documents(folder: Path) -> list[Any]:
+    import numpy as np
+
     documents: list[Any] = []
-    for path in sorted((work / "tokens").glob("*.ds")):
+    for path in sorted(folder.glob("*.ds")):
         ends = np.fromfile(f"{path}.index", "<u8").astype(np.int64)
         documents += np.split(np.fromfile(path, "<u2"), ends[:-1])
-    return {"seconds": ended - started, **fingerprint(documents)}
+    return documents
+
+
+def run_datatrove_refined(source: Path, tokenizer: Path, work: Path, workers: int) -> dict[str, Any]:
+    """Gopher's filters, near-duplicates by MinHash in four steps, then tokens, as datatrove's examples chain them."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.dedup import (
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+        MinhashDedupSignature,
+    )
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.pipeline.filters import GopherQualityFilter, GopherRepetitionFilter
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from datatrove.pipeline.writers import JsonlWriter
+
+    config = MinhashConfig()
+    files = len(list(source.glob("*.jsonl")))
+    filtered, signatures, buckets, removed, tokens = (
+        str(work / name) for name in ("filtered", "signatures", "buckets", "removed", "tokens")
+    )
+    read = JsonlReader(str(source), glob_pattern="*.jsonl")
+    judge = [read, GopherQualityFilter(), GopherRepetitionFilter(), JsonlWriter(filtered, compression=None)]
+    encode = DocumentTokenizer(
+        tokens,
+        tokenizer_name_or_path=str(tokenizer),
+        eos_token="<|endoftext|>",
+        shuffle_documents=False,
+        save_final_metadata=False,
+    )
+    steps: list[tuple[list[Any], int]] = [
+        (judge, files),
+        ([JsonlReader(filtered), MinhashDedupSignature(signatures, config=config)], files),
+        ([MinhashDedupBuckets(signatures, buckets, config=config)], config.num_buckets),
+        ([MinhashDedupCluster(buckets, removed, config=config)], 1),
+        ([JsonlReader(filtered), MinhashDedupFilter(removed), encode], files),
+    ]
+    started = time.perf_counter()
+    for number, (pipeline, tasks) in enumerate(steps):
+        logs = str(work / f"logs-{number}")
+        LocalPipelineExecutor(pipeline, tasks=tasks, workers=min(workers, tasks), logging_dir=logs).run()
+    ended = time.perf_counter()
+    return {"seconds": ended - started, **fingerprint(_datatrove_documents(Path(tokens)))}
 
 
 PEERS = {"datasets": run_datasets, "datatrove": run_datatrove}
@@ -115,12 +164,14 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--refined", action="store_true", help="datatrove only: filters and near-duplicates first")
     arguments = parser.parse_args()
+    run = run_datatrove_refined if arguments.refined else PEERS[arguments.peer]
     runs = []
     for number in range(arguments.runs):
         folder = arguments.work / f"{arguments.peer}-{number}"
         shutil.rmtree(folder, ignore_errors=True)
-        runs.append(PEERS[arguments.peer](arguments.source, arguments.tokenizer, folder, arguments.workers))
+        runs.append(run(arguments.source, arguments.tokenizer, folder, arguments.workers))
         shutil.rmtree(folder)
     json.dump({"version": version(arguments.peer), "runs": runs}, sys.stdout)
 

@@ -23,6 +23,7 @@ from configs.artifacts import Identity, Ref
 from configs.errors import ConfigError, DriftError, GanymedeError, StageError, StorageError
 from configs.schema.base import Config, content_literals
 from configs.schema.project import Recipe
+from pipelines.corpus.known_hashes import kept_in
 from pipelines.stage import Progress, Stage, StageContext
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -113,7 +114,7 @@ class Runner:
         chosen = self._chosen(only, start)
         project_key = f"{self.recipe.name}@{self.recipe.version}"
         project = self.tracker.run(project_key, project_key, tags={"ganymede.recipe": self.recipe.name})
-        with _ending(project):
+        with _ending(project), kept_in(self.home / "hashes"):
             outcomes = [self._run_stage(name, project_key) for name in self.recipe.order() if name in chosen]
         return RunReport(self.recipe.name, self.recipe.version, tuple(outcomes))
 

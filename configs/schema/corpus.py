@@ -8,18 +8,30 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from configs.schema.base import Config, Input, placement
 
+MESSAGE_FORMATS = ("jsonl", "parquet", "arrow")
+"""Formats whose records can hold a list of messages."""
+
 
 class FieldsConfig(Config):
     """Which field of a record (a key of JSON, a column of a table) is what."""
 
     text: str = "text"
     """The document; a field of text."""
+    messages: str | None = None
+    """The document as a conversation instead: a list of messages, each with `role` and `content`. It is encoded by the
+    tokenizer's chat template; filters, duplicates and hashes see the contents, with a blank line between."""
     id: str | None = None
     """What the document is called where it comes from; kept beside its tokens, like the next two."""
     source: str | None = None
     """Where the document comes from."""
     label: str | None = None
     """Its class."""
+
+    @model_validator(mode="after")
+    def _text_or_messages(self) -> Self:
+        if self.messages is not None and "text" in self.model_fields_set:
+            raise ValueError("a document is text or messages: leave out text, or messages")
+        return self
 
 
 class CleaningConfig(Config):
@@ -29,7 +41,8 @@ class CleaningConfig(Config):
     """Unicode normal form; `auto` is NFC except for files that hold program source by their ending, whose bytes are
     their meaning. Files left alone are also kept from `mojibake` and `controls`."""
     mojibake: bool = True
-    """Repair text that was decoded with the wrong character set (`ftfy`), where its traces are found."""
+    """Repair text that was decoded with the wrong character set (`ftfy`), where its traces are found and the text does
+    not look like program source."""
     controls: bool = True
     """Remove control characters other than tab and line feed, lone carriage returns and byte-order marks; end lines
     with a line feed."""
@@ -39,9 +52,21 @@ class CleaningConfig(Config):
     """Kinds of personal or secret data to replace by placeholders."""
 
 
+class LanguageConfig(Config):
+    """Languages of documents, told by their beginning (fastText's lid.176)."""
+
+    keep: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}$")], ...] = ()
+    """ISO 639 codes; documents in other languages are dropped. Unless given, languages are only counted. `und` stands
+    for documents whose language is not certain."""
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability below which a language is not certain. 0.65 is FineWeb's."""
+
+
 class FiltersConfig(Config):
     """Which documents are good enough."""
 
+    language: LanguageConfig | None = None
+    """Tells languages and counts them in the report; off unless given (`language: {}` only counts)."""
     rules: tuple[Literal["gopher_quality", "gopher_repetition", "c4", "fineweb"], ...] = ()
     """Published sets of rules, applied in this order; a document is dropped for the first it breaks. `c4` also takes
     lines out of documents."""
@@ -72,6 +97,17 @@ class SourceConfig(Config):
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.001
     """Share of records (broken, bad UTF-8), or of files (cut off, no permission) if that is more, that may be unusable
     before the stage fails."""
+
+    @model_validator(mode="after")
+    def _messages_lie_in_records(self) -> Self:
+        if self.fields.messages is not None and self.format not in ("auto", *MESSAGE_FORMATS):
+            raise ValueError(
+                f"format {self.format} has no field of messages; allowed with fields.messages: auto, "
+                + ", ".join(MESSAGE_FORMATS)
+            )
+        if self.fields.messages is not None and "c4" in self.filters.rules:
+            raise ValueError("filter c4 takes lines out of a text, not out of fields.messages: leave one of them out")
+        return self
 
 
 class SplitConfig(Config):
@@ -162,8 +198,9 @@ class ContaminationConfig(Config):
     """Words in a row that make an overlap."""
     shortest_words: Annotated[int, Field(ge=3, le=64)] = 8
     """Items of fewer than `words` words are looked for whole if they have this many; shorter ones are not."""
-    action: Literal["drop", "refuse"] = "drop"
-    """Drop overlapping documents of the training split, or fail and name one."""
+    action: Literal["drop", "refuse", "keep"] = "drop"
+    """Drop overlapping documents of the training split; fail and name one; or keep them, and then no model that learned
+    from the corpus is scored on the set they overlap with."""
 
     @model_validator(mode="after")
     def _shortest_is_shorter(self) -> Self:

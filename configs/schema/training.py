@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from configs.schema.base import Config, Input, placement
+from configs.schema.data import CorpusName, DataConfig
 from configs.schema.model import ModelConfig
 
 
@@ -48,7 +49,7 @@ class TrainingConfig(Config):
     """`torch.compile` of the model; `auto`: where a C++ toolchain or a GPU is there."""
     eval_every_steps: Annotated[int, Field(ge=1)] = 50
     eval_rows: Annotated[int, Field(ge=1)] = 64
-    """Validation rows scored at each evaluation."""
+    """Validation rows scored at each evaluation, over all corpora."""
     log_every_steps: Annotated[int, Field(ge=1)] = 5
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
     """Time between two durable checkpoints of a run."""
@@ -71,9 +72,16 @@ class PretrainConfig(Config):
     """Stage `pretrain`: causal language modelling from scratch."""
 
     kind: Literal["pretrain"] = "pretrain"
-    corpus: Input
+    corpus: Input | Annotated[dict[CorpusName, Input], Field(min_length=1)]
+    """A token corpus; or several by name, made with one tokenizer, which `data.mixture` gives weights to."""
+    data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> Self:
+        self.data.check_names(list(self.corpus) if isinstance(self.corpus, dict) else [], self.training.steps)
+        return self
 
 
 class FinetuneConfig(Config):

@@ -1,4 +1,4 @@
-"""`ganymede corpus`: what a token corpus holds, and the same for other trainers."""
+"""`ganymede corpus`: what a token corpus holds, what a model saw of it, and the same for other trainers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from infra.local import state_home
 if TYPE_CHECKING:
     from actors.store.artifacts import Artifact
     from pipelines.corpus.inspect import InspectedDocument, Inspector
+    from pipelines.corpus.loader import Sample
 
-app = typer.Typer(help="What a token corpus holds; export to other formats.", no_args_is_help=True)
+app = typer.Typer(
+    help="What a token corpus holds and a model saw of it; export to other formats.", no_args_is_help=True
+)
 
 _SHOWN_CHARACTERS = 600
 _SHOWN_TOKENS = 60
@@ -85,6 +88,64 @@ def export(
     typer.echo(written.tokens)
     typer.echo(written.index)
     say(f"{written.documents:,} documents, {written.token_count:,} tokens")
+
+
+@app.command()
+def ledger(
+    ref: Reference,
+    step: Annotated[int, typer.Option(min=1, help="Optimizer step, as in the metrics.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Shows which documents a pretrained model learned from in a step, whatever the number of workers was.
+
+    Example: ganymede corpus ledger model/demo-pretrain@1 --step 120
+    """
+    samples = _ledger(ref, step)
+    if as_json:
+        print_json([sample._asdict() for sample in samples])
+        return
+    print_table(
+        ("# row of the batch", "corpus", "# epoch", "# row of the corpus", "documents"),
+        [
+            (str(i), s.source or "-", str(s.epoch), f"{s.row:,}", " ".join(f"train/{d}" for d in s.documents))
+            for i, s in enumerate(samples)
+        ],
+    )
+
+
+def _ledger(ref: str, step: int) -> list[Sample]:
+    from actors.store.artifacts import ArtifactStore
+    from configs.errors import ArtifactError, CorruptArtifactError, InputError
+    from configs.schema.training import PretrainConfig
+    from pipelines.stages.pretrain import PretrainStage, corpora_of, open_split
+
+    store = ArtifactStore(artifact_root(state_home()))
+    manifest = store.get(ref, verify=False).manifest
+    if manifest.config.get("kind") != "pretrain":
+        raise ArtifactError(
+            f"{ref} was not pretrained on a corpus", received=manifest.config.get("kind", manifest.kind),
+            allowed="a model of a pretrain stage", next_step="ganymede artifacts list",
+        )  # fmt: skip
+    if manifest.code_version != PretrainStage.code_version:
+        raise ArtifactError(
+            f"{ref} was made by a version of the stage that ordered rows in another way",
+            received=manifest.code_version, allowed=f"code version {PretrainStage.code_version}",
+            next_step="use the version of Ganymede that its manifest names, or train it again",
+        )  # fmt: skip
+    config = PretrainConfig.model_validate(manifest.config)
+    if step > config.training.steps:
+        raise InputError(f"{ref} was not trained so long", received=step, allowed=f"1 to {config.training.steps}")
+    folders = {}
+    for name, record in corpora_of(manifest.inputs).items():
+        corpus = store.get(record.ref, verify=False)
+        if corpus.digest != record.digest:
+            raise CorruptArtifactError(
+                f"{ref} was trained on another {record.ref} than the one in the store",
+                received=corpus.digest, allowed=record.digest, next_step="run the recipe again",
+            )  # fmt: skip
+        folders[name] = corpus.path
+    return open_split("train", folders, config).provenance(step - 1)
 
 
 def _open(ref: str) -> tuple[Artifact, Artifact]:

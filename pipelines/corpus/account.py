@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.errors import DataError
 from configs.schema.corpus import SourceConfig
-from pipelines.corpus.documents import Example, Ledger, lowest_examples
+from pipelines.corpus.ledger import Example, Ledger, SourceCounts, lowest_examples
 from pipelines.corpus.sources import Rejected
 
 
@@ -19,21 +19,41 @@ class Account:
 
     documents: int = 0
     """Read and kept."""
-    read_bytes: int = 0
-    empty: int = 0
     rejected: int = 0
     first: Rejected | None = None
     """Of what was rejected, by name and place."""
     broken: set[str] = field(default_factory=set)
     """Files that could not be read to their end."""
-    drops: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[Example]] = field(default_factory=dict)
     changes: Counter[str] = field(default_factory=Counter)
+    overlaps: Counter[str] = field(default_factory=Counter)
+    """Training documents kept although they overlap with an evaluation set, by set."""
+    by_source: dict[str, SourceCounts] = field(default_factory=dict)
 
     @property
     def records(self) -> int:
         """Everything that was read."""
         return self.documents + self.empty + self.rejected + self.drops.total()
+
+    @property
+    def read_bytes(self) -> int:
+        """Text as it was read."""
+        return sum(counts.read_bytes for counts in self.by_source.values())
+
+    @property
+    def empty(self) -> int:
+        """Records without text."""
+        return sum(counts.empty for counts in self.by_source.values())
+
+    @property
+    def drops(self) -> Counter[str]:
+        """Documents left out, by reason."""
+        return sum((Counter(counts.drops) for counts in self.by_source.values()), Counter())
+
+    @property
+    def languages(self) -> Counter[str]:
+        """Documents that the filters saw, by language; empty unless languages are told."""
+        return sum((Counter(counts.languages) for counts in self.by_source.values()), Counter())
 
     def reject(self, rejected: Sequence[Rejected]) -> None:
         """Adds what is unusable."""
@@ -45,18 +65,22 @@ class Account:
     def add(self, ledger: Ledger) -> None:
         """Adds a ledger."""
         self.documents += ledger.documents
-        self.read_bytes += ledger.read_bytes
-        self.empty += ledger.empty
         self.reject(ledger.rejected)
-        self.drops.update(ledger.drops)
         self.changes.update(ledger.changes)
+        self.overlaps.update(ledger.overlaps)
         for reason, shown in ledger.examples.items():
             self.examples[reason] = lowest_examples([*self.examples.get(reason, ()), *shown])
+        for source, counts in ledger.by_source.items():
+            self._counts(source).add(counts)
 
-    def leave_out(self, dropped: Mapping[str, int]) -> None:
-        """Moves documents, counted by reason, from those that are kept to those that are dropped."""
-        self.documents -= sum(dropped.values())
-        self.drops.update(dropped)
+    def leave_out(self, dropped: Mapping[str, Mapping[str, int]]) -> None:
+        """Moves documents, counted by source and reason, from those that are kept to those that are dropped."""
+        for source, drops in dropped.items():
+            self.documents -= sum(drops.values())
+            self._counts(source).add(SourceCounts(drops=dict(drops)))
+
+    def _counts(self, source: str) -> SourceCounts:
+        return self.by_source.setdefault(source, SourceCounts())
 
     def summary(self) -> Mapping[str, Any]:
         """The figures for a report; the same for any number and order of spans."""
@@ -69,6 +93,7 @@ class Account:
             "drops": dict(sorted(self.drops.items())),
             "examples": {reason: [e.model_dump() for e in shown] for reason, shown in sorted(self.examples.items())},
             "changes": dict(sorted(self.changes.items())),
+            "languages": dict(sorted(self.languages.items())),
         }
 
     def check(self, files: int, config: SourceConfig) -> None:

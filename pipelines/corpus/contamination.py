@@ -3,11 +3,13 @@
 An evaluation set is registered by the 64-bit hashes of all its runs of `words` words (n-grams; Brown et al., "Language
 Models are Few-Shot Learners", 2020, appendix C, uses 13). An item with fewer words is registered whole, down to
 `shortest_words`; what is shorter still is counted as unchecked, because any text may hold it. A training document that
-holds a registered run is dropped, or the corpus refused. Case and punctuation do not count.
+holds a registered run is dropped, or the corpus refused; or it is kept and counted, and then no model that learned from
+the corpus is scored on the set. Case and punctuation do not count.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,13 +26,15 @@ from configs.errors import DataError
 from configs.schema.base import content_literals
 from configs.schema.corpus import ContaminationConfig, CorpusConfig, EvaluationSetConfig, FieldsConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Documents, Ledger, read_documents
+from pipelines.corpus.documents import Documents, read_documents
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import plan_spans
 from pipelines.corpus.shards import CheckedSet, read_batch, write_batch
 from pipelines.corpus.shingles import Hashes, lengthen, runs, split_words, word_hashes
 from pipelines.corpus.sources import list_source
 
 HELD_OUT = "heldout.jsonl"
+_DESCRIBED = b"evaluation sets"
 _LISTING_BYTES = 1 << 40
 """An evaluation set is read in one go."""
 _FILTER_BITS = 24
@@ -43,11 +47,13 @@ class Registered:
 
     path: Path
     sets: dict[str, CheckedSet]
+    keeps: bool
+    """Whether documents that overlap stay in the corpus."""
 
     @property
     def digest(self) -> str:
-        """Of the sets and of how overlaps are found."""
-        return hash_json({name: checked.model_dump() for name, checked in self.sets.items()})
+        """Of the sets, of how overlaps are found and of what becomes of them."""
+        return hash_json([{name: checked.model_dump() for name, checked in self.sets.items()}, self.keeps])
 
 
 def evaluation_sets(config: CorpusConfig, inputs: Mapping[str, Artifact]) -> dict[str, EvaluationSetConfig]:
@@ -66,8 +72,13 @@ def evaluation_sets(config: CorpusConfig, inputs: Mapping[str, Artifact]) -> dic
                 allowed=f"a dataset artifact with {HELD_OUT}, under a name of its own",
                 next_step="name an artifact of the stage `instructions`",
             )
-        sets[name] = EvaluationSetConfig(path=str(path), format="jsonl", texts=("prompt", "completion"))
+        sets[name] = held_out_pairs(path)
     return sets
+
+
+def held_out_pairs(path: Path) -> EvaluationSetConfig:
+    """The evaluation set that the held-out pairs of a dataset artifact, in `path`, make."""
+    return EvaluationSetConfig(path=str(path), format="jsonl", texts=("prompt", "completion"))
 
 
 def set_digest(config: EvaluationSetConfig) -> str:
@@ -114,9 +125,10 @@ def register(sets: Mapping[str, EvaluationSetConfig], config: ContaminationConfi
             words=config.words,
         )
     batch = pa.concat_tables(tables).combine_chunks().to_batches()[0]
-    metadata = {"sets": "\0".join(sorted(sets)), "shortest_words": str(config.shortest_words)}
-    write_batch(path, batch.replace_schema_metadata(metadata))
-    return Registered(path, checked)
+    keeps = config.action == "keep"
+    described = {"sets": sorted(sets), "shortest_words": config.shortest_words, "keeps": keeps}
+    write_batch(path, batch.replace_schema_metadata({_DESCRIBED: json.dumps(described)}))
+    return Registered(path, checked, keeps)
 
 
 def _table(grams: Hashes, size: int, number: int) -> pa.Table:
@@ -165,7 +177,9 @@ class Gate:
         by_size: Mapping[int, tuple[Hashes, npt.NDArray[np.uint16]]],
         shortest_words: int,
         firsts: Hashes,
+        keeps: bool,
     ) -> None:
+        self.keeps = keeps
         self._names = names
         self._by_size = by_size
         self._shortest_words = shortest_words
@@ -183,9 +197,9 @@ class Gate:
             chosen = np.flatnonzero(sizes == size)
             chosen = chosen[np.lexsort((numbers[chosen], hashes[chosen]))]
             by_size[size] = (hashes[chosen], numbers[chosen])
-        metadata = batch.schema.metadata
-        names = metadata[b"sets"].decode().split("\0")
-        return cls(names, by_size, int(metadata[b"shortest_words"]), batch.column("first").to_numpy())
+        described = json.loads(batch.schema.metadata[_DESCRIBED])
+        firsts = batch.column("first").to_numpy()
+        return cls(described["sets"], by_size, described["shortest_words"], firsts, described["keeps"])
 
     def overlap(self, text: bytes) -> Overlap | None:
         """The first passage that `text` (UTF-8) shares with a set, longest n-grams first; None if there is none."""
@@ -211,15 +225,18 @@ def reason(name: str) -> str:
 
 
 def drop_overlapping(documents: Documents, held_out: Sequence[bool], gate: Gate, ledger: Ledger) -> list[int]:
-    """Rows of `documents` that stay; those that overlap with a set and are not held out go to `ledger`."""
+    """Rows of `documents` that stay; those that overlap with a set and are not held out are counted in `ledger`."""
     kept = []
     for row, text in enumerate(documents.texts):
         found = None if held_out[row] else gate.overlap(text)
-        if found is None:
+        if found is None or gate.keeps:
             kept.append(row)
-        else:
+        if found is not None and gate.keeps:
+            ledger.overlaps[found.name] = ledger.overlaps.get(found.name, 0) + 1
+        elif found is not None:
             passage = f"{found.passage} ...".encode()
-            ledger.drop(reason(found.name), documents.names[row], documents.digests[row], passage)
+            name, digest, source = documents.names[row], documents.digests[row], documents.source(row)
+            ledger.drop(reason(found.name), name, digest, passage, source)
             ledger.documents -= 1
     return kept
 
@@ -243,7 +260,10 @@ def settle(registered: Registered | None, account: Account, config: Contaminatio
             allowed="none: contamination.action is refuse",
             next_step="leave the documents out (source.exclude), or set contamination.action to drop",
         )
-    return {name: checked.model_copy(update={"dropped": dropped[name]}) for name, checked in registered.sets.items()}
+    return {
+        name: checked.model_copy(update={"dropped": dropped[name], "kept": account.overlaps.get(name, 0)})
+        for name, checked in registered.sets.items()
+    }
 
 
 def process_gate(registered: Registered) -> Gate:

@@ -33,7 +33,8 @@ Positions = npt.NDArray[np.int64]
 
 _SEED = 1
 _SIGNED_AT_ONCE = 1 << 20
-"""N-grams that are gathered before they are signed."""
+"""N-grams, or numbers of their signatures, that are gathered before they are signed; the latter are Python's for a
+moment, of 40 bytes each."""
 _JOINED_AT_ONCE = 1 << 22
 """Documents whose keys one task joins, about; bounds its memory, decides nothing."""
 
@@ -63,8 +64,9 @@ class Fingerprints:
 
     def __init__(self, config: DedupConfig) -> None:
         self._config = config
-        self._splits: list[int] = []
-        self._exact: list[tuple[int, int]] = []
+        self._splits = bytearray()
+        self._exact = bytearray()
+        """Hashes of 16 bytes, one after the other: a span may hold millions of documents."""
         self._pending: list[Hashes] = []
         self._pending_grams = 0
         self._bands: list[Hashes] = []
@@ -73,11 +75,12 @@ class Fingerprints:
         """Takes the span's next document, UTF-8."""
         self._splits.append(SPLITS.index(split))
         if self._config.exact:
-            self._exact.append(divmod(xxhash.xxh3_128_intdigest(text), 1 << 64))
+            self._exact += xxhash.xxh3_128_digest(text)
         if self._config.near is not None:
             self._pending.append(_near_grams(text, self._config.near))
             self._pending_grams += len(self._pending[-1])
-            if self._pending_grams >= _SIGNED_AT_ONCE:
+            signed = len(self._pending) * self._config.near.bands * self._config.near.rows
+            if max(self._pending_grams, signed) >= _SIGNED_AT_ONCE:
                 self._sign(self._config.near)
 
     def _sign(self, near: NearConfig) -> None:
@@ -89,12 +92,12 @@ class Fingerprints:
         """Columns of one length: each document's split, and for each kind its keys, sorted, with their rows."""
         kinds: dict[str, Hashes] = {}
         if self._config.exact:
-            kinds["exact"] = np.array(self._exact, dtype=np.uint64).reshape(-1, 2)
+            kinds["exact"] = np.frombuffer(self._exact, dtype=">u8").astype(np.uint64).reshape(-1, 2)
         if self._config.near is not None:
             self._sign(self._config.near)
             keys = np.concatenate([*self._bands, np.empty((0, self._config.near.bands), dtype=np.uint64)])
             kinds |= {f"band{band}": keys[:, band : band + 1] for band in range(self._config.near.bands)}
-        columns = {"split": pa.array(self._splits, pa.uint8())}
+        columns = {"split": pa.array(np.frombuffer(self._splits, dtype=np.uint8))}
         for kind, keys in kinds.items():
             order = np.lexsort(keys.T[::-1])
             for place in range(keys.shape[1]):

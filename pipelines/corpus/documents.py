@@ -6,42 +6,27 @@ source config see the same documents. The order is that of the pieces; nothing d
 
 from __future__ import annotations
 
-import heapq
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import blake3
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 
-from configs.schema.corpus import SourceConfig
-from pipelines.corpus.blocks import Block, Read
+from configs.schema.corpus import MESSAGE_FORMATS, SourceConfig
+from pipelines.corpus.blocks import Block, Conversation, Message, Read
 from pipelines.corpus.clean import Step, clean, steps
 from pipelines.corpus.filters import Filters
+from pipelines.corpus.language import Languages
+from pipelines.corpus.ledger import Ledger, source_name
 from pipelines.corpus.lines import LINE_READERS
 from pipelines.corpus.pieces import SMALLEST_SPAN_BYTES, Piece, file_format, plan_spans
 from pipelines.corpus.sources import Listing, Rejected, hash_fraction
 from pipelines.corpus.streams import MAX_RECORD_BYTES, Stream
 from pipelines.corpus.tables import TABLE_READERS
 
-EXAMPLES = 3
-"""Dropped documents that are shown for each reason."""
-_EXAMPLE_CHARS = 300
 _SAMPLED_PIECES = 4096
 """Pieces that a large source is cut into when it is sampled."""
-
-
-class Example(BaseModel):
-    """A dropped document, as a report shows it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    digest: str
-    """blake3 of the document; the lowest are shown, so that the choice depends on the documents alone."""
-    name: str
-    text: str
-    """How it begins."""
 
 
 @dataclass
@@ -58,48 +43,19 @@ class Documents:
     """Empty unless the source maps such a field; likewise the next two."""
     sources: list[str | None] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+    """What is encoded instead of the texts, which are then the contents; empty unless the source maps messages."""
+
+    def source(self, row: int) -> str:
+        """Where the document of `row` is from, as reports name it."""
+        return source_name(self.sources, row)
 
     def extend(self, other: Documents, rows: Sequence[int]) -> None:
-        """Appends some rows of `other`, except their texts."""
+        """Appends some rows of `other`, except their texts and conversations."""
         for column in ("names", "digests", "ids", "sources", "labels"):
             values = getattr(other, column)
             if values:
                 getattr(self, column).extend(values[row] for row in rows)
-
-
-class Ledger(BaseModel):
-    """Where every record that was read went: a document, empty, dropped for a reason or rejected."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    documents: int = 0
-    """Read and kept."""
-    read_bytes: int = 0
-    """Text as it was read, in UTF-8."""
-    empty: int = 0
-    """Records without text."""
-    rejected: list[Rejected] = Field(default_factory=list)
-    drops: dict[str, int] = Field(default_factory=dict)
-    """Documents left out by a filter, by reason."""
-    examples: dict[str, list[Example]] = Field(default_factory=dict)
-    """Of those, a few by reason."""
-    changes: dict[str, int] = Field(default_factory=dict)
-    """Documents changed, by cleaning step."""
-
-    def drop(self, reason: str, name: str, digest: str, text: bytes) -> None:
-        """Counts a document that is left out."""
-        self.drops[reason] = self.drops.get(reason, 0) + 1
-        shown = self.examples.get(reason, [])
-        if len(shown) < EXAMPLES or digest < shown[-1].digest:
-            example = Example(
-                digest=digest, name=name, text=text[: 4 * _EXAMPLE_CHARS].decode(errors="ignore")[:_EXAMPLE_CHARS]
-            )
-            self.examples[reason] = lowest_examples([*shown, example])
-
-
-def lowest_examples(examples: Iterable[Example]) -> list[Example]:
-    """The examples that are shown of all those of a reason; independent of their order."""
-    return heapq.nsmallest(EXAMPLES, examples, key=lambda e: (e.digest, e.name))
 
 
 def read_documents(
@@ -108,22 +64,26 @@ def read_documents(
     """The documents of `pieces`, in order; `ledger` gets all else.
 
     Raises:
+        ConfigError: the filters name a language that cannot be told.
         DataError: a file changed since it was listed.
     """
-    filters = Filters(config.filters)
+    refiner = _Refiner(config, ledger)
     for piece in pieces:
         changes = steps(config.cleaning, piece.file.name)
         whole = file_format(piece.file.name, config)[0] == "text"
         for found in _read(listing, piece, config):
             if isinstance(found, Rejected):
                 ledger.rejected.append(found)
-            elif found.texts:
-                yield _refine(found, piece.file.name, whole, changes, filters, ledger)
+            elif found.positions:
+                yield refiner.refine(found, piece.file.name, whole, changes)
 
 
 def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
     name = piece.file.name
     kind, compression = file_format(name, config)
+    if config.fields.messages is not None and kind not in MESSAGE_FORMATS:
+        yield Rejected(name, 0, f"format {kind} has no field {config.fields.messages!r} of messages", rest=True)
+        return
     if kind == "text" and piece.file.size_bytes <= MAX_RECORD_BYTES:
         opened = pa.BufferReader(listing.read(piece.file))  # compared with the listing
     else:
@@ -142,50 +102,85 @@ def _read(listing: Listing, piece: Piece, config: SourceConfig) -> Read:
                 yield stream.lost(name, 0)
 
 
-def _refine(block: Block, file: str, whole: bool, changes: list[Step], filters: Filters, ledger: Ledger) -> Documents:
-    """The block's documents, cleaned; without those that are empty or dropped."""
-    rows: list[int] = []
-    cleaned: list[bytes] = []
-    for row, text in enumerate(block.texts):
-        content = _clean(text, file, block.positions[row], changes, ledger)
-        if content:
+class _Refiner:
+    """Cleans and filters blocks of documents; the ledger gets what becomes of each."""
+
+    def __init__(self, config: SourceConfig, ledger: Ledger) -> None:
+        self._filters = Filters(config.filters)
+        self._languages = None if config.filters.language is None else Languages.load(config.filters.language)
+        self._ledger = ledger
+
+    def refine(self, block: Block, file: str, whole: bool, changes: list[Step]) -> Documents:
+        """The block's documents, cleaned; without those that are empty or dropped."""
+        rows: list[int] = []
+        cleaned: list[bytes] = []
+        conversations: dict[int, Conversation] = {}
+        chats = block.conversations
+        for row in range(len(block.positions)):
+            texts = [m.content for m in chats[row]] if chats else [block.texts[row]]
+            contents = self._clean(block, row, texts, file, changes)
+            if contents is None:
+                continue
             rows.append(row)
-            cleaned.append(content)
-    documents = Documents()
-    kept: list[int] = []
-    for row, (content, reason) in zip(rows, filters.apply(cleaned), strict=True):
-        name = file if whole else f"{file}:{block.positions[row]}"
-        digest = blake3.blake3(content).hexdigest()
-        if reason is not None:
-            ledger.drop(reason, name, digest, content)
-            continue
-        kept.append(row)
-        documents.names.append(name)
-        documents.texts.append(content)
-        documents.digests.append(digest)
-    for column in ("ids", "sources", "labels"):
-        values = getattr(block, column)
-        if values:
-            setattr(documents, column, [values[row] for row in kept])
-    ledger.documents += len(kept)
-    return documents
+            cleaned.append(contents[0] if len(contents) == 1 else b"\n\n".join(filter(None, contents)))
+            if chats:
+                turns = zip(chats[row], contents, strict=True)
+                conversations[row] = tuple(Message(m.role, content.decode()) for m, content in turns)
+        documents = Documents()
+        kept: list[int] = []
+        for row, content, reason in self._judge(block, rows, cleaned):
+            name = file if whole else f"{file}:{block.positions[row]}"
+            digest = blake3.blake3(content).hexdigest()
+            if reason is not None:
+                self._ledger.drop(reason, name, digest, content, source_name(block.sources, row))
+                continue
+            kept.append(row)
+            documents.names.append(name)
+            documents.texts.append(content)
+            documents.digests.append(digest)
+        documents.conversations = [conversations[row] for row in kept if conversations]
+        for column in ("ids", "sources", "labels"):
+            values = getattr(block, column)
+            if values:
+                setattr(documents, column, [values[row] for row in kept])
+        self._ledger.documents += len(kept)
+        return documents
 
+    def _clean(self, block: Block, row: int, texts: list[str], file: str, changes: list[Step]) -> list[bytes] | None:
+        """The texts of a document after cleaning, in UTF-8; None if nothing is left of them."""
+        ledger = self._ledger
+        try:
+            contents = [text.encode() for text in texts]
+        except UnicodeEncodeError as error:
+            reason = f"not text that UTF-8 can hold: {error.reason}"
+            ledger.rejected.append(Rejected(file, block.positions[row], reason))
+            return None
+        counts = ledger.counts(source_name(block.sources, row))
+        counts.documents_read += 1
+        changed: set[str] = set()
+        for number, content in enumerate(contents):
+            counts.read_bytes += len(content)
+            contents[number], by = clean(content, changes)
+            if by:
+                changed.update(by)
+        for step in changed:
+            ledger.changes[step] = ledger.changes.get(step, 0) + 1
+        if not any(contents):
+            counts.empty += 1
+            return None
+        return contents
 
-def _clean(text: str, file: str, position: int, changes: list[Step], ledger: Ledger) -> bytes | None:
-    """The document after cleaning, in UTF-8; None if there is none."""
-    try:
-        content = text.encode()
-    except UnicodeEncodeError as error:
-        ledger.rejected.append(Rejected(file, position, f"not text that UTF-8 can hold: {error.reason}"))
-        return None
-    ledger.read_bytes += len(content)
-    content, changed = clean(content, changes)
-    for step in changed:
-        ledger.changes[step] = ledger.changes.get(step, 0) + 1
-    if not content:
-        ledger.empty += 1
-        return None
-    return content
+    def _judge(self, block: Block, rows: list[int], texts: list[bytes]) -> Iterator[tuple[int, bytes, str | None]]:
+        """Each row with its text as it is after the filters, and why it is dropped, if it is."""
+        spoken: list[str | None] = [None] * len(rows)
+        if self._languages is not None:
+            for place, (row, text) in enumerate(zip(rows, texts, strict=True)):
+                language = self._languages.identify(text)
+                known = self._ledger.counts(source_name(block.sources, row)).languages
+                known[language] = known.get(language, 0) + 1
+                spoken[place] = None if self._languages.keeps(language) else "language"
+        for row, foreign, (text, reason) in zip(rows, spoken, self._filters.apply(texts), strict=True):
+            yield row, text, foreign or reason
 
 
 def sample_texts(

@@ -1,12 +1,13 @@
 """Text to token ids, fast, with Hugging Face `tokenizers` as the truth.
 
-gigatoken encodes a hundred times faster than one `tokenizers` thread (130 against 1.4 MB/s on Python source, one core)
-and is used as long as its ids are the same: on a probe set and a sample before the first task (`choose_backend`) and on
-one document in a thousand on the way (`Encoder.agrees`).
+gigatoken encodes byte-level BPE a hundred times faster than one `tokenizers` thread (130 against 1.4 MB/s on Python
+source, one core), `pipelines.corpus.words` WordPiece, Unigram and word-level tokenizers as they are trained here two to
+three times as fast. They are used as long as the ids are the same: on a probe set and a sample before the first task
+(`choose_backend`) and on one document in a thousand on the way (`Encoder.agrees`). All else is encoded by `tokenizers`,
+one thread a process.
 
 The name of a special token in a document is encoded as the characters it is made of. `tokenizers` is told so;
-gigatoken, which always recognises such names, gets the tokenizer without its list of them. WordPiece, Unigram and
-word-level tokenizers are encoded by `tokenizers`, one thread a process.
+gigatoken, which always recognises such names, gets the tokenizer without its list of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import gigatoken
 import numpy as np
@@ -23,10 +24,12 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from configs.errors import ContractError
+from pipelines.corpus.words import WordEncoder, splits_whole_words
 
-Backend = Literal["gigatoken", "tokenizers"]
+Backend = Literal["gigatoken", "words", "tokenizers"]
 Ids = npt.NDArray[np.uint32]
 
+_TOKENIZER = "tokenizer.json"
 CHECKED_FRACTION = 0.001
 """Share of documents, by hash, that are encoded a second time by `tokenizers`."""
 
@@ -66,10 +69,9 @@ class Encoder:
         Raises:
             ContractError: there is no usable tokenizer.json, or no end-of-text token.
         """
-        path = folder / "tokenizer.json"
+        path = folder / _TOKENIZER
         try:
-            description = {**json.loads(path.read_bytes()), "truncation": None, "padding": None}
-            reference = Tokenizer.from_str(json.dumps(description))
+            reference = Tokenizer.from_file(str(path))
             end_of_text = json.loads((folder / "tokenizer_config.json").read_bytes()).get("eos_token")
         except Exception as error:  # `tokenizers` raises nothing narrower
             raise _unusable(path, str(error)) from error
@@ -79,9 +81,15 @@ class Encoder:
         if end_of_text_id is None:
             raise _unusable(path, f"eos_token {end_of_text!r}")
         reference.encode_special_tokens = True
-        ordinary = [token for token in description["added_tokens"] if not token["special"]]
-        plain = json.dumps({**description, "added_tokens": ordinary})
-        fast = gigatoken.Tokenizer.from_json(plain).encode if backend == "gigatoken" else None
+        reference.no_truncation()
+        reference.no_padding()
+        fast: Callable[[bytes], Ids] | None = None
+        if backend == "gigatoken":
+            description = _describe(folder)
+            ordinary = [token for token in description["added_tokens"] if not token["special"]]
+            fast = gigatoken.Tokenizer.from_json(json.dumps({**description, "added_tokens": ordinary})).encode
+        elif backend == "words":
+            fast = WordEncoder(reference).encode
         return cls(reference, fast, reference.get_vocab_size(), end_of_text_id)
 
     def encode(self, text: str | bytes) -> Ids:
@@ -99,6 +107,14 @@ class Encoder:
     def agrees(self, text: str) -> bool:
         """Whether the backend's ids of `text` are the ones `tokenizers` gives."""
         return np.array_equal(self.encode(text), self.encode_exactly(text))
+
+
+def _describe(folder: Path) -> dict[str, Any]:
+    """What the tokenizer.json in `folder` says, without truncation and padding, which no document gets."""
+    try:
+        return {**json.loads((folder / _TOKENIZER).read_bytes()), "truncation": None, "padding": None}
+    except (OSError, ValueError, TypeError) as error:
+        raise _unusable(folder / _TOKENIZER, str(error)) from error
 
 
 def _unusable(path: Path, received: str) -> ContractError:
@@ -119,14 +135,18 @@ def process_encoder(folder: Path, backend: Backend) -> Encoder:
 def choose_backend(folder: Path, sample: Iterable[str]) -> tuple[Backend, str]:
     """Which backend may encode with the tokenizer in `folder`, and why.
 
-    gigatoken if it loads the tokenizer and its ids are those of `tokenizers` on `PROBES` and on `sample`.
+    A fast one if it knows such tokenizers and its ids are those of `tokenizers` on `PROBES` and on `sample`.
+
+    Raises:
+        ContractError: there is no usable tokenizer.json, or no end-of-text token.
     """
+    backend: Backend = "words" if splits_whole_words(_describe(folder)) else "gigatoken"
     try:
-        encoder = Encoder.load(folder, "gigatoken")
+        encoder = Encoder.load(folder, backend)
     except RuntimeError as error:  # what gigatoken raises for a model or pre-tokenizer it does not know
         return "tokenizers", f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}"
     texts = [*PROBES, *sample]
     for text in texts:
         if not encoder.agrees(text):
-            return "tokenizers", f"gigatoken encodes {text[:60]!r} differently"
-    return "gigatoken", f"ids equal to those of tokenizers on {len(texts)} texts"
+            return "tokenizers", f"{backend} encodes {text[:60]!r} differently"
+    return backend, f"ids equal to those of tokenizers on {len(texts)} texts"

@@ -14,7 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from configs.errors import ContractError, DataError, InputError
-from pipelines.corpus.packing import ChunkPacking, Packing, PackingReport, best_fit_packing, document_packing
+from pipelines.corpus.packing import ConcatPacking, Packing, PackingReport, best_fit_packing, document_packing
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFolder, TokenStream
 from pipelines.corpus.shards import CorpusIndex
@@ -135,15 +135,15 @@ class Inspector:
     def packing(self, split: str, row_tokens: int) -> dict[str, PackingReport]:
         """What each layout would do to the documents of `split` at `row_tokens` inputs a row.
 
-        `chunk` is left out where the split is shorter than one row.
+        `concat` is left out where the split is shorter than one row.
         """
         offsets = self._streams[split].offsets()
         layouts: dict[str, Packing] = {
-            "best-fit": best_fit_packing(offsets, row_tokens),
-            "document": document_packing(offsets, row_tokens),
+            "best_fit": best_fit_packing(offsets, row_tokens),
+            "one_document": document_packing(offsets, row_tokens),
         }
         if offsets[-1] > row_tokens:
-            layouts = {"chunk": ChunkPacking(int(offsets[-1]), row_tokens), **layouts}
+            layouts = {"concat": ConcatPacking(int(offsets[-1]), row_tokens), **layouts}
         return {layout: packing.report(offsets) for layout, packing in layouts.items()}
 
     def _called(self, identifier: str) -> Iterator[tuple[str, int]]:

@@ -32,7 +32,7 @@ def _decode(content: bytes, name: str, offset: int) -> str | Rejected:
 
 def read_text(stream: Stream, name: str, begin: int, end: int | None, config: SourceConfig) -> Read:
     """The file as one document, byte for byte."""
-    content = stream.read(MAX_RECORD_BYTES + 1)
+    content = stream.read(MAX_RECORD_BYTES + 1)  # and no more, however large the file is
     if stream.failure is not None:
         yield stream.lost(name, len(content))
         return
@@ -75,7 +75,8 @@ def read_paragraphs(stream: Stream, name: str, begin: int, end: int | None, conf
     skipping = start is not None  # what is left of a paragraph that began before
     pending: list[bytes] = []
     first = size = 0
-    for found in read_lines(stream, name, 0 if start is None else start + 1, None):
+    last = None if end is None else end + MAX_RECORD_BYTES  # where the longest paragraph that begins before `end` ends
+    for found in read_lines(stream, name, 0 if start is None else start + 1, last):
         block = Block()
         if isinstance(found, Rejected):
             if found.rest or pending or not (skipping or _past(found.offset, end)):
@@ -83,6 +84,8 @@ def read_paragraphs(stream: Stream, name: str, begin: int, end: int | None, conf
             pending, skipping = [], True
             continue
         offset, lines = found
+        if skipping and _past(offset, end):
+            return
         for line in lines.removesuffix(b"\n").split(b"\n"):
             if not line.strip():
                 skipping = False
@@ -125,7 +128,8 @@ def _paragraph(block: Block, name: str, first: int, lines: list[bytes]) -> Itera
 
 
 def _last_visible(stream: Stream, begin: int) -> int | None:
-    """The last byte before `begin` that is not white space; None if there is none."""
+    """The last byte before `begin` that is not white space; None if there is none, and then the stream is at its
+    beginning."""
     end = begin
     while end > 0:
         start = max(0, end - 4096)
@@ -134,6 +138,8 @@ def _last_visible(stream: Stream, begin: int) -> int | None:
         if kept:
             return start + len(kept) - 1
         end = start
+    if begin > 0:
+        stream.seek(0)
     return None
 
 

@@ -10,30 +10,33 @@ A source's rows are visited in the order of a keyed permutation, another one eac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.artifacts import hash_json
 from configs.errors import ContractError, DataError, InputError
-from pipelines.corpus.mixture import Mixture, Phase
+from configs.schema.data import Layout, Phase
+from pipelines.corpus.mixture import Mixture
 from pipelines.corpus.packing import (
-    ChunkPacking,
+    ConcatPacking,
     IndexPacking,
-    Layout,
     PackedRows,
     Packing,
     PackingReport,
     Pieces,
     best_fit_packing,
-    describe_rows,
+    describe_pieces,
+    describe_stream,
+    document_begins,
     document_packing,
-    split_at,
+    merge,
 )
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFiles, ShardFolder, TokenStream
@@ -41,8 +44,8 @@ from pipelines.corpus.shards import CorpusIndex
 
 Rows = npt.NDArray[np.int64]
 
-_WINDOW = 4096
-"""Samples whose rows are worked out together: 9 us of permutation for 16 of them, against 740 us done 16 at a time."""
+_KEPT_EPOCHS = 4
+"""Permutations a source keeps: making one costs as much as using it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Rowing:
 
     split: str
     row_tokens: int
-    layout: Layout = "chunk"
+    layout: Layout = "concat"
     indexes: Path | None = None
-    """Folder where the indexes of layouts other than `chunk` are kept, so that they are made once."""
+    """Folder where the indexes of layouts other than `concat` are kept, so that they are made once."""
 
 
 class Source:
@@ -75,7 +78,7 @@ class Source:
         record = index.splits.get(rowing.split)
         if record is None:
             raise DataError(f"{corpus} has no such split", received=rowing.split, allowed=", ".join(index.splits))
-        if record.tokens <= rowing.row_tokens and rowing.layout == "chunk":
+        if record.tokens <= rowing.row_tokens and rowing.layout == "concat":
             raise DataError(
                 f"split {rowing.split} of {corpus} is shorter than one row",
                 received=f"{record.tokens} tokens",
@@ -88,13 +91,13 @@ class Source:
     def packing(self) -> Packing:
         """The rows; an index that was kept is taken, one that was made is kept."""
         rowing = self._rowing
-        if rowing.layout == "chunk":
-            return ChunkPacking(self.stream.record.tokens, rowing.row_tokens)
+        if rowing.layout == "concat":
+            return ConcatPacking(self.stream.record.tokens, rowing.row_tokens)
         path = rowing.indexes / f"{self._digest()[:32]}.arrow" if rowing.indexes else None
         kept = IndexPacking.open(path, rowing.row_tokens) if path else None
         if kept is not None:
             return kept
-        pack = best_fit_packing if rowing.layout == "best-fit" else document_packing
+        pack = best_fit_packing if rowing.layout == "best_fit" else document_packing
         packing = pack(self.offsets, rowing.row_tokens)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,26 +115,49 @@ class Source:
         """Where each document begins in the stream, and the end."""
         return self.stream.offsets()
 
-    def order(self, ordinals: Rows) -> tuple[Rows, Rows]:
-        """Epoch and row of samples: sample k is position k mod rows of epoch k div rows."""
+    def order(self, ordinals: Rows) -> tuple[Rows | int, Rows]:
+        """Epoch (one for all, if they have the same) and row of samples, in rising order: sample k is position k mod
+        rows of epoch k div rows.
+        """
         size = self.packing.rows
-        epochs, positions = ordinals // size, ordinals % size
-        rows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            chosen = epochs == epoch
-            rows[chosen] = self._permutation(int(epoch))(positions[chosen])
-        return epochs, rows
+        first, last = int(ordinals[0]) // size, int(ordinals[-1]) // size
+        if first == last:
+            return first, self._permutation(first)(ordinals - first * size)
+        epochs = ordinals // size
+        positions = ordinals - epochs * size
+        rows = [self._permutation(epoch)(positions[epochs == epoch]) for epoch in range(first, last + 1)]
+        return epochs, np.concatenate(rows)
 
     def _permutation(self, epoch: int) -> Permutation:
-        if epoch not in self._permutations:
-            key = f"{self._seed}/{epoch}{self._key}".encode()
-            self._permutations = {epoch: Permutation(self.packing.rows, key)}
-        return self._permutations[epoch]
+        kept = self._permutations.get(epoch)
+        if kept is None:
+            if len(self._permutations) == _KEPT_EPOCHS:
+                del self._permutations[next(iter(self._permutations))]
+            kept = Permutation(self.packing.rows, f"{self._seed}/{epoch}{self._key}".encode())
+            self._permutations[epoch] = kept
+        return kept
 
-    def pieces(self, rows: Rows, whole_documents: bool) -> Pieces:
-        """The pieces of `rows`; with `whole_documents`, none of them goes from one document into the next."""
-        pieces = self.packing.pieces(rows)
-        return split_at(pieces, self.offsets) if whole_documents and self._rowing.layout == "chunk" else pieces
+
+class Sample(NamedTuple):
+    """A row of a batch, and where its tokens come from."""
+
+    source: str
+    epoch: int
+    """Of the source, from 0."""
+    row: int
+    """Of the source's packing."""
+    documents: tuple[int, ...]
+    """Numbers in the source's split, in the order of the row; a document cut in two may come twice."""
+
+
+class _Share(NamedTuple):
+    """What one source gives to a batch: rows of epochs, and which rows of the batch they become."""
+
+    number: int
+    source: Source
+    slots: Rows
+    epochs: Rows | int
+    rows: Rows
 
 
 class Loader:
@@ -141,9 +167,8 @@ class Loader:
         self._sources = sources
         self._mixture = mixture
         self._row_tokens = rowing.row_tokens
-        self._padded = rowing.layout != "chunk"
+        self._padded = rowing.layout != "concat"
         self._batch_rows = batch_rows
-        self._windows: dict[int, Rows] = {}
         self.vocab_size = sources[0].index.vocab_size
         self.tokens = sum(s.stream.record.tokens for s in sources)
         self.bytes_per_token = sum(s.stream.record.text_bytes for s in sources) / self.tokens
@@ -166,12 +191,12 @@ class Loader:
         row_tokens: int,
         batch_rows: int,
         seed: int,
-        layout: Layout = "chunk",
+        layout: Layout = "concat",
         indexes: Path | None = None,
     ) -> Self:
         """Opens `split` of the corpus in a folder, or in an object store (`ShardCache`).
 
-        Shards are memory-mapped when they are first read. An index of layout `best-fit` or `document` is kept below
+        Shards are memory-mapped when they are first read. An index of layout `best_fit` or `one_document` is kept below
         `indexes`, if that is given.
 
         Raises:
@@ -182,7 +207,7 @@ class Loader:
         """
         rowing = Rowing(split, row_tokens, layout, indexes)
         source = Source.open("", corpus, rowing, seed)
-        return cls([source], Mixture([Phase(0, {"": 1})], batch_rows), rowing=rowing, batch_rows=batch_rows)
+        return cls([source], Mixture([Phase(weights={"": 1})], batch_rows), rowing=rowing, batch_rows=batch_rows)
 
     @classmethod
     def mix(
@@ -224,17 +249,12 @@ class Loader:
             InputError: the batch cannot be divided so.
             StorageError: an object store does not answer.
         """
-        samples = self.ledger(step, rank, world_size)
-        return self._tokens(len(samples), self._pieces(samples, whole_documents=False))
+        shares = self._draw(step, rank, world_size)
+        return self._tokens(shares, self._pieces(shares))
 
     def packed(self, step: int, rank: int = 0, world_size: int = 1) -> PackedRows:
         """The same rows as `batch`, with what keeps attention inside documents. Raises as `batch` does."""
-        samples = self.ledger(step, rank, world_size)
-        pieces = self._pieces(samples, whole_documents=True)
-        tokens = self._tokens(len(samples), pieces)
-        order = np.argsort(np.concatenate([p.rows for _, p in pieces]), kind="stable")
-        merged = [np.concatenate([getattr(p, name) for _, p in pieces])[order] for name in Pieces.__annotations__]
-        return describe_rows(tokens, Pieces(*merged))
+        return self._described(self._draw(step, rank, world_size))
 
     def ledger(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """Which samples `batch` gives: source, epoch of that source and row, [batch_rows / world_size, 3].
@@ -242,6 +262,53 @@ class Loader:
         Raises:
             InputError: the batch cannot be divided so.
         """
+        shares = self._draw(step, rank, world_size)
+        samples = np.empty((sum(len(share.slots) for share in shares), 3), dtype=np.int64)
+        for share in shares:
+            samples[share.slots, 0] = share.number
+            samples[share.slots, 1] = share.epochs
+            samples[share.slots, 2] = share.rows
+        return samples
+
+    def provenance(self, step: int) -> list[Sample]:
+        """The rows of the global batch of `step` with the documents they hold, in the order of `ledger`."""
+        samples: dict[int, Sample] = {}
+        for share in self._draw(step, 0, 1):
+            epochs = np.broadcast_to(share.epochs, share.rows.shape)
+            places = share.slots * (self._row_tokens + 1)
+            pieces = share.source.packing.pieces(share.rows, places)
+            offsets = share.source.offsets
+            first = offsets.searchsorted(pieces.begins, side="right") - 1
+            last = offsets.searchsorted(pieces.begins + pieces.lengths - 1, side="right") - 1
+            held = [range(a, b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)]
+            bounds = [*pieces.places.searchsorted(places).tolist(), len(held)]
+            name = self._mixture.sources[share.number]
+            for i, (slot, epoch, row) in enumerate(zip(share.slots, epochs, share.rows, strict=True)):
+                documents = tuple(itertools.chain.from_iterable(held[bounds[i] : bounds[i + 1]]))
+                samples[int(slot)] = Sample(name, int(epoch), int(row), documents)
+        return [samples[slot] for slot in sorted(samples)]
+
+    def rows(self, count: int) -> Rows:
+        """`count` rows (all, if there are fewer) spread evenly over the split, in document order: for evaluation."""
+        shares = self._spread(count)
+        return self._tokens(shares, self._pieces(shares))
+
+    def packed_rows(self, count: int) -> PackedRows:
+        """The same rows as `rows`, with what keeps attention inside documents."""
+        return self._described(self._spread(count))
+
+    def samples(self, steps: int) -> dict[str, int]:
+        """How many samples of each source the first `steps` batches hold."""
+        counts = self._mixture.taken(steps * self._batch_rows).tolist()
+        return dict(zip(self._mixture.sources, counts, strict=True))
+
+    def packing_reports(self) -> dict[str, PackingReport]:
+        """What the layout does to each source's documents."""
+        named = zip(self._mixture.sources, self._sources, strict=True)
+        return {name: source.packing.report(source.offsets) for name, source in named}
+
+    def _draw(self, step: int, rank: int, world_size: int) -> list[_Share]:
+        """What each source gives to the rows of `rank` in the batch of `step`."""
         if self._batch_rows % world_size or not 0 <= rank < world_size or step < 0:
             raise InputError(
                 "batch cannot be divided",
@@ -251,56 +318,49 @@ class Loader:
             )
         count = self._batch_rows // world_size
         first = step * self._batch_rows + rank * count
-        window, last = first // _WINDOW, (first + count - 1) // _WINDOW
-        parts = [self._window(number) for number in range(window, last + 1)]
-        samples = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return samples[first - window * _WINDOW :][:count]
+        samples = np.arange(first, first + count)
+        if len(self._sources) == 1:
+            return [_Share(0, self._sources[0], np.arange(count), *self._sources[0].order(samples))]
+        sources, ordinals = self._mixture.draw(samples)
+        shares = []
+        for number, source in enumerate(self._sources):
+            slots = np.flatnonzero(sources == number)
+            if len(slots):
+                shares.append(_Share(number, source, slots, *source.order(ordinals[slots])))
+        return shares
 
-    def rows(self, count: int) -> Rows:
-        """`count` rows (all, if there are fewer) spread evenly over the split, in document order: for evaluation."""
+    def _spread(self, count: int) -> list[_Share]:
+        """`count` rows spread evenly over all sources, in order."""
         count = min(count, self.rows_per_epoch)
         chosen = np.arange(count, dtype=np.int64) * self.rows_per_epoch // count
-        sources = np.searchsorted(self._row_starts, chosen, side="right") - 1
-        rows = chosen - self._row_starts[sources]
-        samples = np.stack([sources, np.zeros_like(sources), rows], axis=1)
-        return self._tokens(count, self._pieces(samples, whole_documents=False))
+        numbers = np.searchsorted(self._row_starts, chosen, side="right") - 1
+        shares = []
+        for number, source in enumerate(self._sources):
+            slots = np.flatnonzero(numbers == number)
+            if len(slots):
+                rows = chosen[slots] - self._row_starts[number]
+                shares.append(_Share(number, source, slots, 0, rows))
+        return shares
 
-    def packing_reports(self) -> dict[str, PackingReport]:
-        """What the layout does to each source's documents."""
-        named = zip(self._mixture.sources, self._sources, strict=True)
-        return {name: source.packing.report(source.offsets) for name, source in named}
+    def _pieces(self, shares: list[_Share]) -> list[Pieces]:
+        """The pieces of each share."""
+        width = self._row_tokens + 1
+        return [share.source.packing.pieces(share.rows, share.slots * width) for share in shares]
 
-    def _window(self, number: int) -> Rows:
-        """Source, epoch and row of samples `number * _WINDOW` and following; the last two windows are kept."""
-        if number not in self._windows:
-            sources, ordinals = self._mixture.draw(np.arange(number * _WINDOW, (number + 1) * _WINDOW, dtype=np.int64))
-            window = np.empty((_WINDOW, 3), dtype=np.int64)
-            for place, source in enumerate(self._sources):
-                chosen = sources == place
-                window[chosen, 1], window[chosen, 2] = source.order(ordinals[chosen])
-            window[:, 0] = sources
-            self._windows = {**dict(list(self._windows.items())[-1:]), number: window}
-        return self._windows[number]
-
-    def _pieces(self, samples: Rows, *, whole_documents: bool) -> list[tuple[Source, Pieces]]:
-        """The pieces of `samples` (as in `ledger`), by source."""
-        if len(self._sources) == 1:
-            return [(self._sources[0], self._sources[0].pieces(samples[:, 2], whole_documents))]
-        result = []
-        for place, source in enumerate(self._sources):
-            mine = np.flatnonzero(samples[:, 0] == place)
-            if len(mine):
-                pieces = source.pieces(samples[mine, 2], whole_documents)
-                result.append((source, replace(pieces, rows=mine[pieces.rows])))
-        return result
-
-    def _tokens(self, count: int, pieces: list[tuple[Source, Pieces]]) -> Rows:
-        """`count` rows that hold `pieces`; other places hold the end-of-text token."""
-        shape = (count, self._row_tokens + 1)
+    def _tokens(self, shares: list[_Share], pieces: list[Pieces]) -> Rows:
+        """Rows that hold `pieces` of `shares`; other places hold the end-of-text token."""
+        count, width = sum(len(share.slots) for share in shares), self._row_tokens + 1
+        result = np.empty(count * width, dtype=np.int64)
         if self._padded:
-            result = np.full(shape, self._sources[0].index.end_of_text_id, dtype=np.int64)
-        else:
-            result = np.empty(shape, dtype=np.int64)
-        for source, mine in pieces:
-            source.stream.gather(mine, result)
-        return result
+            result.fill(self._sources[0].index.end_of_text_id)
+        for share, its in zip(shares, pieces, strict=True):
+            share.source.stream.gather(its, result)
+        return result.reshape(count, width)
+
+    def _described(self, shares: list[_Share]) -> PackedRows:
+        pieces = self._pieces(shares)
+        tokens = self._tokens(shares, pieces)
+        if self._padded:
+            return describe_pieces(tokens, merge(pieces))
+        begins = [document_begins(its, s.source.offsets) for s, its in zip(shares, pieces, strict=True)]
+        return describe_stream(tokens, begins)

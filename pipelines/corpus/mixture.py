@@ -9,27 +9,16 @@ costs the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from configs.errors import ConfigError
+from configs.schema.data import Phase, check_phases
 
 Ints = npt.NDArray[np.int64]
-
-MAX_PERIOD = 10_000
-"""Largest sum of the weights of a phase, after they are divided by what they have in common."""
-
-
-@dataclass(frozen=True)
-class Phase:
-    """Weights that hold from a step (of the training run) on."""
-
-    from_step: int
-    weights: Mapping[str, int]
-    """Samples of each source in a period; 0 leaves a source out."""
 
 
 def interleave(weights: Sequence[int]) -> Ints:
@@ -72,7 +61,7 @@ class _Pattern:
         return sources, self._before[sources] + periods * self._weights[sources] + self._ordinals[places]
 
     def taken(self, sample: int) -> Ints:
-        """Samples of each source before global sample `sample`."""
+        """Samples of each source before global sample `sample` of this phase."""
         periods, places = divmod(sample - self.first, len(self._sources))
         inside = np.bincount(self._sources[:places], minlength=len(self._weights))
         return self._before + periods * self._weights + inside
@@ -82,14 +71,18 @@ class Mixture:
     """Sources by name, and the phases of their weights."""
 
     def __init__(self, phases: Sequence[Phase], batch_rows: int) -> None:
-        """`phases` begin at rising steps, the first at 0.
+        """Takes phases that `check_phases` finds nothing against.
 
         Raises:
-            ConfigError: a phase or a weight is not usable, or two phases name different sources.
+            ConfigError: it does.
         """
-        _check(phases)
+        try:
+            check_phases(phases)
+        except ValueError as error:
+            raise ConfigError(f"weights of a mixture cannot be used: {error}") from error
         self.sources = tuple(phases[0].weights)
         self._patterns: list[_Pattern] = []
+        self._firsts: list[int] = []
         before = np.zeros(len(self.sources), dtype=np.int64)
         for phase in phases:
             first = phase.from_step * batch_rows
@@ -97,39 +90,13 @@ class Mixture:
                 before = self._patterns[-1].taken(first)
             weights = [phase.weights[name] for name in self.sources]
             common = math.gcd(*weights)
+            self._firsts.append(first)
             self._patterns.append(_Pattern(first, before, [weight // common for weight in weights]))
 
     def draw(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Source of each global sample (a number into `sources`), and its place among that source's samples."""
-        sources, ordinals = np.empty_like(samples), np.empty_like(samples)
-        firsts = [pattern.first for pattern in self._patterns]
-        phase_of = np.searchsorted(firsts, samples, side="right") - 1
-        for number in np.unique(phase_of):
-            chosen = phase_of == number
-            sources[chosen], ordinals[chosen] = self._patterns[number].draw(samples[chosen])
-        return sources, ordinals
+        """Sources (numbers into `sources`) of global samples of one step, and their places among their source's."""
+        return self._patterns[bisect_right(self._firsts, samples[0]) - 1].draw(samples)
 
-
-def _check(phases: Sequence[Phase]) -> None:
-    steps = [phase.from_step for phase in phases]
-    if not steps or steps[0] != 0 or sorted(set(steps)) != steps:
-        raise ConfigError("steps at which a mixture's weights change", received=steps, allowed="rising steps from 0")
-    for phase in phases:
-        weights = dict(phase.weights)
-        if weights.keys() != phases[0].weights.keys():
-            raise ConfigError(
-                f"mixture from step {phase.from_step} names other sources than the first phase",
-                received=sorted(weights),
-                allowed=f"{', '.join(sorted(phases[0].weights))}; weight 0 leaves a source out",
-            )
-        values = list(weights.values())
-        if not all(isinstance(w, int) and w >= 0 for w in values) or not any(values):
-            raise ConfigError(
-                f"weights of the mixture from step {phase.from_step}", received=weights,
-                allowed="whole numbers from 0, at least one above 0",
-            )  # fmt: skip
-        if sum(values) // math.gcd(*values) > MAX_PERIOD:
-            raise ConfigError(
-                f"weights of the mixture from step {phase.from_step} have too long a period", received=weights,
-                allowed=f"a sum of at most {MAX_PERIOD:,} after dividing by what they have in common",
-            )  # fmt: skip
+    def taken(self, sample: int) -> Ints:
+        """How many samples of each source come before global sample `sample`."""
+        return self._patterns[max(bisect_right(self._firsts, sample) - 1, 0)].taken(sample)

@@ -6,6 +6,8 @@ reading stops with an error that names shard, offset and digest.
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -15,7 +17,7 @@ import pyarrow as pa
 import xxhash
 
 from configs.errors import CorruptArtifactError
-from pipelines.corpus.packing import Pieces, split_at
+from pipelines.corpus.packing import Pieces
 from pipelines.corpus.shards import CorpusIndex, ShardRecord, SplitRecord, Tokens
 
 Ints = npt.NDArray[np.int64]
@@ -192,7 +194,8 @@ class TokenStream:
         self.record = record
         self._files = files
         self._block_bytes = block_bytes
-        self._starts = np.concatenate([[0], np.cumsum([s.tokens for s in record.shards], dtype=np.int64)])
+        self._bounds = [0, *itertools.accumulate(s.tokens for s in record.shards)]
+        """Where each shard begins in the stream, and the end."""
         self._readers: dict[int, ShardReader] = {}
 
     def reader(self, shard: int) -> ShardReader:
@@ -215,19 +218,26 @@ class TokenStream:
             held -= self.record.shards[oldest].size_bytes
 
     def gather(self, pieces: Pieces, out: Ints) -> None:
-        """Copies `pieces` to their rows and columns of `out`. Raises as `ShardReader.read` does."""
-        shards = np.searchsorted(self._starts, pieces.begins, side="right") - 1
-        if (pieces.begins + pieces.lengths > self._starts[shards + 1]).any():
-            pieces = split_at(pieces, self._starts)
-            shards = np.searchsorted(self._starts, pieces.begins, side="right") - 1
-        begins = (pieces.begins - self._starts[shards]).tolist()
-        places = zip(
-            shards.tolist(), begins, pieces.lengths.tolist(), pieces.rows.tolist(), pieces.columns.tolist(), strict=True
-        )
-        for shard, begin, length, row, column in places:
-            out[row, column : column + length] = self.reader(shard).read(begin, begin + length)
+        """Copies `pieces` to their places in the flattened `out`. Raises as `ShardReader.read` does.
+
+        A copy of one piece costs 1 to 2 us plus what its tokens take, less than indexing an open `np.memmap`.
+        """
+        bounds, readers = self._bounds, self._readers
+        for place, begin, length in zip(
+            pieces.places.tolist(), pieces.begins.tolist(), pieces.lengths.tolist(), strict=True
+        ):
+            end = begin + length
+            while begin < end:  # more than once where the piece lies in several shards
+                shard = bisect_right(bounds, begin) - 1
+                start, stop = bounds[shard], bounds[shard + 1]
+                if stop > end:
+                    stop = end
+                reader = readers.get(shard) or self.reader(shard)
+                out[place : place + stop - begin] = reader.read(begin - start, stop - start)
+                place += stop - begin
+                begin = stop
 
     def offsets(self) -> Ints:
         """Where each document begins in the stream, and the end; reads a few bytes a document."""
-        parts = [self.reader(shard).offsets()[:-1] + start for shard, start in enumerate(self._starts[:-1])]
-        return np.concatenate([*parts, self._starts[-1:]])
+        parts = [self.reader(shard).offsets()[:-1] + start for shard, start in enumerate(self._bounds[:-1])]
+        return np.concatenate([*parts, self._bounds[-1:]])

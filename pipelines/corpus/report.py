@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipelines.corpus.ledger import NO_SOURCE, ONE_SOURCE, SourceCounts
 from pipelines.corpus.shards import SplitRecord
 
 _BINS = 41
@@ -40,6 +41,7 @@ class Tally:
         self._bytes = np.zeros(_BINS, dtype=np.int64)
         self._tokens = np.zeros(_BINS, dtype=np.int64)
         self._named: dict[str, dict[str, Counter[str]]] = {"source": {}, "label": {}}
+        """By column and name, documents, bytes and tokens."""
 
     def count(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Passes `batches` on."""
@@ -53,8 +55,16 @@ class Tally:
         self._bytes += _log2_counts(sizes)
         self._tokens += _log2_counts(lengths)
         for column, groups in self._named.items():
-            if column in batch.schema.names and batch.num_rows:
-                names = pc.fill_null(batch.column(column), "")
+            if not batch.num_rows:
+                continue
+            if column not in batch.schema.names:
+                if column == "source":
+                    total = groups.setdefault(ONE_SOURCE, Counter())
+                    total.update(documents=len(sizes), bytes=int(sizes.sum()), tokens=int(lengths.sum()))
+            else:
+                names = pc.replace_with_mask(
+                    batch.column(column), pc.equal(pc.fill_null(batch.column(column), ""), ""), NO_SOURCE
+                )
                 table = pa.table({"name": names, "documents": np.ones(len(names), np.int64), "bytes": sizes})
                 table = table.append_column("tokens", pa.array(lengths))
                 sums = table.group_by("name").aggregate([(key, "sum") for key in ("documents", "bytes", "tokens")])
@@ -62,15 +72,32 @@ class Tally:
                     total = groups.setdefault(row["name"], Counter())
                     total.update({key: row[f"{key}_sum"] for key in ("documents", "bytes", "tokens")})
 
-    def figures(self) -> dict[str, Any]:
-        """Histograms of document lengths, [at least, below, documents] a bin; counts by source and by label, where the
-        corpus knows them."""
-        named = {
-            f"by_{column}": {name: dict(sorted(groups[name].items())) for name in sorted(groups)}
-            for column, groups in self._named.items()
-            if groups
+    def figures(self, read: Mapping[str, SourceCounts]) -> dict[str, Any]:
+        """Histograms of document lengths, [at least, below, documents] a bin; what was `read` of each source and what
+        of it is in the shards; counts by label, where the corpus knows labels."""
+        sources = {name: {**_read_figures(read[name]), **self._kept("source", name)} for name in sorted(read)}
+        labels = {name: self._kept("label", name) for name in sorted(self._named["label"])}
+        return {
+            "length_bytes": _bins(self._bytes),
+            "length_tokens": _bins(self._tokens),
+            "by_source": sources,
+            **({"by_label": labels} if labels else {}),
         }
-        return {"length_bytes": _bins(self._bytes), "length_tokens": _bins(self._tokens), **named}
+
+    def _kept(self, column: str, name: str) -> dict[str, Any]:
+        total = self._named[column].get(name, Counter())
+        share = round(total["bytes"] / total["tokens"], 4) if total["tokens"] else 0.0
+        return {**{key: total[key] for key in ("documents", "bytes", "tokens")}, "bytes_per_token": share}
+
+
+def _read_figures(counts: SourceCounts) -> dict[str, Any]:
+    return {
+        "documents_read": counts.documents_read,
+        "read_bytes": counts.read_bytes,
+        "empty": counts.empty,
+        "drops": dict(sorted(counts.drops.items())),
+        "languages": dict(sorted(counts.languages.items())),
+    }
 
 
 def _log2_counts(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -119,12 +146,13 @@ def render(report: Mapping[str, Any]) -> str:
         ("Documents", _flow(report)),
         ("Splits", _splits(report)),
         ("Document length", _lengths(report)),
-        ("Dropped, by reason", _drops(report)),
+        ("Dropped, by reason", _most(report["drops"])),
         ("Duplicates", _duplicates(report["duplicates"])),
         ("Evaluation sets", _contamination(report["contamination"])),
         ("Changed by cleaning", _bars(report["changes"])),
-        ("By source", _named(report.get("by_source"))),
-        ("By label", _named(report.get("by_label"))),
+        ("By source", _sources(report["by_source"])),
+        ("Languages", _languages(report)),
+        ("By label", _labels(report.get("by_label"))),
         ("Examples of what was dropped", _examples(report["examples"])),
     ]
     body = "".join(f"<h2>{escape(name)}</h2>\n{content}\n" for name, content in sections if content)
@@ -174,8 +202,9 @@ def _lengths(report: Mapping[str, Any]) -> str:
     return "\n".join(plots)
 
 
-def _drops(report: Mapping[str, Any]) -> str:
-    return _bars(dict(sorted(report["drops"].items(), key=lambda item: (-item[1], item[0]))))
+def _most(counts: Mapping[str, int]) -> str:
+    """A plot of the largest counts."""
+    return _bars(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))))
 
 
 def _duplicates(duplicates: Mapping[str, Any] | None) -> str:
@@ -198,18 +227,52 @@ def _contamination(checked: Mapping[str, Any]) -> str:
     if not checked:
         return '<p class="quiet">none was registered: nothing is known about overlaps</p>'
     rows = [
-        [name, f"{s['items']:,}", f"{s['unchecked_items']:,}", str(s["words"]), f"{s['dropped']:,}"]
+        [name, f"{s['items']:,}", f"{s['unchecked_items']:,}", str(s["words"]), f"{s['dropped']:,}", f"{s['kept']:,}"]
         for name, s in sorted(checked.items())
     ]
-    return _table(["set", "items", "too short to check", "words in a row", "documents dropped"], rows)
+    return _table(["set", "items", "too short to check", "words in a row", "documents dropped", "kept"], rows)
 
 
-def _named(groups: Mapping[str, Mapping[str, int]] | None) -> str:
-    if not groups:
+def _sources(sources: Mapping[str, Mapping[str, Any]]) -> str:
+    """What went in and what came out of the largest sources, and why the rest did not."""
+    largest = sorted(sources.items(), key=lambda item: (-item[1]["read_bytes"], item[0]))[:_SHOWN]
+    rows = [
+        [name, f"{s['documents_read']:,}", _size(s["read_bytes"]), f"{sum(s['drops'].values()):,}", *_kept_cells(s)]
+        for name, s in largest
+    ]
+    reasons = [
+        [f"{name}: {reason}", f"{count:,}"]
+        for name, s in largest
+        for reason, count in sorted(s["drops"].items(), key=lambda item: (-item[1], item[0]))[:_SHOWN]
+    ]
+    heads = ["", "documents read", "text read", "dropped", *_KEPT_HEADS]
+    return _table(heads, rows) + (_table(["dropped", "documents"], reasons) if reasons else "")
+
+
+_KEPT_HEADS = ("in the shards", "text", "tokens", "bytes a token")
+
+
+def _kept_cells(group: Mapping[str, Any]) -> list[str]:
+    rate = f"{group['bytes_per_token']:.3f}"
+    return [f"{group['documents']:,}", _size(group["bytes"]), f"{group['tokens']:,}", rate]
+
+
+def _labels(labels: Mapping[str, Mapping[str, Any]] | None) -> str:
+    if not labels:
         return ""
-    largest = sorted(groups.items(), key=lambda item: (-item[1]["tokens"], item[0]))[:_SHOWN]
-    rows = [[name or "(none)", f"{g['documents']:,}", _size(g["bytes"]), f"{g['tokens']:,}"] for name, g in largest]
-    return _table(["", "documents", "text", "tokens"], rows)
+    largest = sorted(labels.items(), key=lambda item: (-item[1]["tokens"], item[0]))[:_SHOWN]
+    return _table(["", *_KEPT_HEADS], [[name, *_kept_cells(group)] for name, group in largest])
+
+
+def _languages(report: Mapping[str, Any]) -> str:
+    """Of all sources together, and of each if there are several."""
+    if not report["languages"]:
+        return '<p class="quiet">not told (source.filters.language)</p>'
+    plots = [_most(report["languages"])]
+    if len(report["by_source"]) > 1:
+        largest = sorted(report["by_source"].items(), key=lambda item: (-item[1]["read_bytes"], item[0]))[:_SHOWN]
+        plots += [f"<p><b>{escape(_visible(name))}</b></p>{_most(s['languages'])}" for name, s in largest]
+    return "\n".join(plots)
 
 
 def _examples(examples: Mapping[str, Sequence[Mapping[str, str]]]) -> str:

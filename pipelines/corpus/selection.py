@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from configs.schema.corpus import DedupConfig
 from pipelines.corpus.dedup import Duplicates, find_duplicates
+from pipelines.corpus.ledger import NO_SOURCE, ONE_SOURCE
 from pipelines.corpus.shards import SPLITS, Split, read_batch
 from pipelines.corpus.spans import FINGERPRINTS, part_path
 
@@ -39,13 +41,31 @@ class Selection:
         return cls(parts, spans, np.cumsum([0, *counts]).tolist(), find_duplicates(files, counts, config))
 
     @property
-    def dropped(self) -> dict[str, int]:
-        """Documents left out, by reason."""
-        if self._duplicates is None:
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Documents left out, by source and reason."""
+        found = self._duplicates
+        if found is None:
             return {}
-        exact = int(self._duplicates.exact.sum())
-        counts = {"exact_duplicate": exact, "near_duplicate": len(self._duplicates.dropped) - exact}
-        return {reason: count for reason, count in counts.items() if count}
+        counts: dict[str, Counter[str]] = {}
+        for number in range(self._spans):
+            start, end = self._starts[number : number + 2]
+            begin, stop = np.searchsorted(found.dropped, [start, end])
+            if begin < stop:
+                names = self._sources(number, found.dropped[begin:stop] - start)
+                for name, exact in zip(names, found.exact[begin:stop].tolist(), strict=True):
+                    counts.setdefault(name, Counter())["exact_duplicate" if exact else "near_duplicate"] += 1
+        return {name: dict(reasons) for name, reasons in counts.items()}
+
+    def _sources(self, number: int, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Where these documents of a span are from, as reports name it."""
+        splits = self._splits(number)
+        names: npt.NDArray[np.object_] = np.full(len(splits), None, dtype=object)
+        for place, split in enumerate(SPLITS):
+            batch = read_batch(part_path(self._parts, number, split))
+            if "source" not in batch.schema.names:
+                return [ONE_SOURCE] * len(rows)
+            names[splits == place] = batch.column("source").to_numpy(zero_copy_only=False)
+        return [name or NO_SOURCE for name in names[rows].tolist()]
 
     def documents(self, split: Split) -> Iterator[pa.RecordBatch]:
         """The documents of a split, span by span."""

@@ -8,7 +8,9 @@ block when it is first read.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Self
 
@@ -22,6 +24,8 @@ from configs.errors import ArtifactError, CorruptArtifactError
 
 INDEX = "index.json"
 BLOCK_BYTES = 1 << 18
+_WRITERS = 2
+"""Threads; gathering, writing and hashing a shard is done outside the interpreter."""
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
@@ -66,6 +70,9 @@ class CheckedSet(_Record):
     """In an n-gram."""
     dropped: int = 0
     """Training documents that held one of its passages and are not in the corpus."""
+    kept: int = 0
+    """Training documents that hold one of its passages and are in the corpus, unless as duplicates: a model that
+    learned from it may not be scored on the set."""
 
 
 class CorpusIndex(_Record):
@@ -147,19 +154,28 @@ def write_split(folder: Path, split: str, batches: Iterable[pa.RecordBatch], sha
     A shard ends with the document that fills it, so the files depend on the documents and `shard_tokens` alone.
     """
     (folder / "shards").mkdir(parents=True, exist_ok=True)
-    shards: list[ShardRecord] = []
-    text_bytes = 0
-    for number, batch in enumerate(_group(batches, shard_tokens)):
-        path = folder / "shards" / f"{split}-{number:05d}.arrow"
-        write_batch(path, batch)
-        text_bytes += int(np.sum(batch.column("size_bytes").to_numpy(), dtype=np.int64))
-        shards.append(_describe(path, folder, batch))
+    written: list[tuple[ShardRecord, int]] = []
+    waiting: deque[Future[tuple[ShardRecord, int]]] = deque()
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        for number, run in enumerate(_group(batches, shard_tokens)):
+            path = folder / "shards" / f"{split}-{number:05d}.arrow"
+            waiting.append(pool.submit(_write_shard, path, folder, run))
+            if len(waiting) > _WRITERS:  # shards that wait to be written hold memory
+                written.append(waiting.popleft().result())
+        written += [shard.result() for shard in waiting]
     return SplitRecord(
-        documents=sum(s.documents for s in shards),
-        tokens=sum(s.tokens for s in shards),
-        text_bytes=text_bytes,
-        shards=tuple(shards),
+        documents=sum(shard.documents for shard, _ in written),
+        tokens=sum(shard.tokens for shard, _ in written),
+        text_bytes=sum(text_bytes for _, text_bytes in written),
+        shards=tuple(shard for shard, _ in written),
     )
+
+
+def _write_shard(path: Path, folder: Path, run: list[pa.RecordBatch]) -> tuple[ShardRecord, int]:
+    """Writes a shard; its record, and the bytes of text in it."""
+    batch = pa.concat_batches(run)
+    write_batch(path, batch)
+    return _describe(path, folder, batch), int(np.sum(batch.column("size_bytes").to_numpy(), dtype=np.int64))
 
 
 def write_batch(path: Path, batch: pa.RecordBatch) -> None:
@@ -173,20 +189,21 @@ def read_batch(path: Path) -> pa.RecordBatch:
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
-def _group(batches: Iterable[pa.RecordBatch], shard_tokens: int) -> Iterator[pa.RecordBatch]:
+def _group(batches: Iterable[pa.RecordBatch], shard_tokens: int) -> Iterator[list[pa.RecordBatch]]:
+    """The documents of each shard."""
     pending: list[pa.RecordBatch] = []
     room = shard_tokens
     for batch in batches:
+        offsets = batch.column("tokens").offsets.to_numpy()
         begin = 0
-        for row, length in enumerate(np.diff(batch.column("tokens").offsets.to_numpy())):
-            room -= int(length)
-            if room <= 0:
-                yield pa.concat_batches([*pending, batch.slice(begin, row + 1 - begin)])
-                pending, begin, room = [], row + 1, shard_tokens
+        while (last := int(np.searchsorted(offsets[1:], offsets[begin] + room))) < batch.num_rows:
+            yield [*pending, batch.slice(begin, last + 1 - begin)]
+            pending, begin, room = [], last + 1, shard_tokens
         if begin < batch.num_rows:
             pending.append(batch.slice(begin))
+            room -= int(offsets[-1] - offsets[begin])
     if pending:
-        yield pa.concat_batches(pending)
+        yield pending
 
 
 def _describe(path: Path, folder: Path, batch: pa.RecordBatch) -> ShardRecord:

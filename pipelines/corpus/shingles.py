@@ -54,7 +54,7 @@ def _hash_words(values: npt.NDArray[np.uint8]) -> Hashes:
     return mix((sums[ends] - sums[starts]) * inverses[starts])
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _powers(count: int) -> tuple[Hashes, Hashes]:
     """Powers of the base and of its inverse modulo 2**64, from 0 to `count` - 1."""
     inverse = pow(_BASE, -1, 1 << 64)

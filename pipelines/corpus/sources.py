@@ -1,14 +1,15 @@
 """Which files a source holds, wherever it is, and what they contain.
 
 A listing is the sorted set of (name, blake3 of the content), with names relative to the source: the same data at
-another path, in another store or on another machine has the same digest. A file's size and time of change only decide
-whether this process has to hash it again.
+another path, in another store or on another machine has the same digest. A file's size, times and entity tag only
+decide whether it has to be hashed again (`pipelines.corpus.known_hashes`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import blake3
 from pyarrow import fs
@@ -24,14 +26,18 @@ from pyarrow import fs
 from configs.artifacts import hash_json
 from configs.errors import DataError, StorageError
 from configs.schema.corpus import SourceConfig, SplitConfig
+from pipelines.corpus.known_hashes import SourceHashes, hashes_of, take_stamp
 
 STDLIB = "python:stdlib"
 HUB = "hf://"
 
 _CHUNK_BYTES = 1 << 22
 _HASHING_THREADS = 8
-_SETTLED_NS = 2_000_000_000
-"""Files changed less than this before they were hashed are hashed again: a later change may bear the same time."""
+_NO_ANSWER = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|REQUEST_TIMEOUT|INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING)"
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL)"
+)
+_REFUSAL = re.compile(r"AWS Error (\w+)")
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ class Listing:
             opened = self.filesystem.open_input_file(path)
             size = opened.size()
         except OSError as error:
+            check_reached(error, file.name)
             raise _changed(path, _reason(error)) from error
         if size != file.size_bytes:
             raise _changed(path, f"{size} bytes")
@@ -104,6 +111,7 @@ class Listing:
             try:
                 content: bytes = opened.read()
             except OSError as error:
+                check_reached(error, file.name)
                 raise _changed(path, _reason(error)) from error
         if blake3.blake3(content).hexdigest() != file.blake3:
             raise _changed(path, "other content")
@@ -114,9 +122,23 @@ def _join(root: str, name: str) -> str:
     return f"{root.rstrip('/')}/{name}"
 
 
+def check_reached(error: BaseException, name: str) -> None:
+    """Tells a store that does not answer from a file that is broken.
+
+    Raises:
+        StorageError: `error` says the former; nothing is then known of the file `name`.
+    """
+    if _NO_ANSWER.search(str(error)):
+        raise StorageError(
+            f"the object store did not answer while {name} was read: {error}",
+            next_step="run the same command again once it is reached: finished work is kept",
+        ) from error
+
+
 def _reason(error: OSError) -> str:
     """What the operating system says, without the path: the path is not part of what a corpus says about a file."""
-    return os.strerror(error.errno) if error.errno else str(error)
+    refusal = _REFUSAL.search(str(error))
+    return refusal[0] if refusal else os.strerror(error.errno) if error.errno else str(error)
 
 
 def _changed(path: str, received: str) -> DataError:
@@ -132,14 +154,23 @@ def list_source(config: SourceConfig) -> Listing:
     """Finds and hashes every file of a source.
 
     Raises:
-        DataError: the path does not exist or cannot be reached, or no file matches.
+        DataError: the path does not exist, or no file matches.
+        StorageError: the file system cannot be reached, or refuses.
     """
-    filesystem, root, names = _find(config)
+    try:
+        filesystem, root, names = _find(config)
+    except OSError as error:
+        raise StorageError(
+            f"source.path {config.path} cannot be reached: {error}", next_step="check the address and the credentials"
+        ) from error
     files: list[SourceFile] = []
     unreadable: list[Rejected] = []
+    known = hashes_of(f"{filesystem.type_name} {root} {urlsplit(config.path).query if '://' in config.path else ''}")
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        for found in pool.map(lambda name: _describe(filesystem, root, name), sorted(names)):
+        for found in pool.map(lambda name: _describe(filesystem, root, name, known), sorted(names)):
             (files if isinstance(found, SourceFile) else unreadable).append(found)  # type: ignore[arg-type]
+            known.save(now=False)
+    known.save(now=True)
     if not files and not unreadable:
         raise DataError(
             f"no file below {config.path} matches the source", received=config.include,
@@ -150,7 +181,7 @@ def list_source(config: SourceConfig) -> Listing:
 
 
 def check_unchanged(listing: Listing, config: SourceConfig) -> None:
-    """Lists a source again; files that kept size and time of change are not read.
+    """Lists a source again; files that bear the stamp they were hashed with are not read.
 
     Raises:
         DataError: it is not what it was, and what was read of it may be a mixture.
@@ -167,12 +198,7 @@ def _find(config: SourceConfig) -> tuple[Any, str, list[str]]:
         parts = PurePosixPath(path).parts
         fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
         path, pattern = str(PurePosixPath(*parts[:fixed])), "/".join(parts[fixed:])
-    try:
-        kind = filesystem.get_file_info(path).type
-    except OSError as error:
-        raise StorageError(
-            f"source.path {config.path} cannot be reached: {error}", next_step="check the address and the credentials"
-        ) from error
+    kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.NotFound:
         raise DataError(
             "source.path does not exist", received=config.path,
@@ -193,6 +219,13 @@ def _locate(path: str) -> tuple[Any, str]:
         return _hub(), path.removeprefix(HUB)
     if "://" not in path:
         return fs.LocalFileSystem(), str(Path(path).expanduser().absolute())
+    if urlsplit(path).password is not None:
+        raise DataError(
+            "source.path holds a secret, and paths are written into logs and manifests",
+            received=f"{urlsplit(path).scheme}://...@{urlsplit(path).hostname}",
+            allowed="an address without credentials",
+            next_step="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a profile or role of the machine",
+        )
     try:
         filesystem, inside = fs.FileSystem.from_uri(path)
     except (OSError, ValueError) as error:
@@ -276,23 +309,20 @@ def _rows_of(filesystem: Any, root: str, state: str) -> set[str]:
         ) from error  # fmt: skip
 
 
-_hashed: dict[tuple[str, str], tuple[int, int, str]] = {}
-"""By file system and path: size, time of change and blake3 of files that this process hashed."""
-
-
-def _describe(filesystem: Any, root: str, name: str) -> SourceFile | Rejected:
+def _describe(filesystem: Any, root: str, name: str, known: SourceHashes) -> SourceFile | Rejected:
     path = _join(root, name)
+    began_ns = time.time_ns()
     try:
-        info = filesystem.get_file_info(path)
-        key, changed_ns = (filesystem.type_name, path), info.mtime_ns
-        known = _hashed.get(key)
-        if changed_ns is not None and known is not None and known[:2] == (info.size, changed_ns):
-            return SourceFile(name, info.size, known[2])
+        stamp = take_stamp(filesystem, path)
+        digest = None if stamp is None else known.find(name, stamp)
+        if stamp is not None and digest is not None:
+            return SourceFile(name, stamp.size_bytes, digest)
         size, digest = _hash(filesystem, path)
+        if stamp is not None and stamp == take_stamp(filesystem, path):
+            known.add(name, stamp, digest, began_ns=began_ns)
     except OSError as error:
+        check_reached(error, name)
         return Rejected(name, 0, _reason(error))
-    if changed_ns is not None and changed_ns + _SETTLED_NS < time.time_ns():
-        _hashed[key] = (size, changed_ns, digest)
     return SourceFile(name, size, digest)
 
 

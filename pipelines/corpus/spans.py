@@ -9,7 +9,7 @@ completion and any kills.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,14 @@ from pydantic import BaseModel, ConfigDict
 
 from actors.store.artifacts import file_blake3, sync_file, sync_folder, write_durably
 from configs.artifacts import hash_json
-from configs.errors import StorageError
+from configs.errors import RequestError, StorageError
 from configs.schema.corpus import DedupConfig, SourceConfig, SplitConfig
+from pipelines.corpus.chat import ChatEncoder, process_chat
 from pipelines.corpus.contamination import Registered, drop_overlapping, process_gate
 from pipelines.corpus.dedup import Fingerprints
-from pipelines.corpus.documents import Documents, Ledger, read_documents
-from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, process_encoder
+from pipelines.corpus.documents import Documents, read_documents
+from pipelines.corpus.encode import CHECKED_FRACTION, Backend, Encoder, Ids, process_encoder
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import Piece
 from pipelines.corpus.shards import SPLITS, Tokens, document_schema, token_lists, write_batch
 from pipelines.corpus.sources import Listing, is_validation
@@ -115,14 +117,14 @@ class _Part:
     tokens: list[Tokens] = field(default_factory=list)
     """Of many documents each."""
 
-    def add(self, documents: Documents, rows: list[int], encoder: Encoder, dtype: str) -> None:
-        """Adds some rows of `documents`; the tokens of each are ended by end-of-text."""
-        if not rows:
+    def add(self, documents: Documents, encoded: dict[int, Ids], end_of_text_id: int, dtype: str) -> None:
+        """Adds the rows of `documents` that are in `encoded`; the tokens of each are ended by end-of-text."""
+        if not encoded:
             return
-        self.columns.extend(documents, rows)
-        self.sizes.extend(len(documents.texts[row]) for row in rows)
-        end = np.array([encoder.end_of_text_id], dtype=np.uint32)
-        ids = [encoder.encode(documents.texts[row]) for row in rows]
+        self.columns.extend(documents, list(encoded))
+        self.sizes.extend(len(documents.texts[row]) for row in encoded)
+        end = np.array([end_of_text_id], dtype=np.uint32)
+        ids = encoded.values()
         self.lengths.extend(len(i) + 1 for i in ids)
         self.tokens.append(np.concatenate([part for i in ids for part in (i, end)]).astype(dtype))
 
@@ -144,10 +146,12 @@ def encode_span(span: Span) -> Commit:
     """Reads, cleans, filters, splits and encodes a span; writes its parts and, last, its commit record.
 
     Raises:
+        ContractError: the documents are conversations, and the tokenizer has no chat template.
         DataError: a file changed since it was listed.
         StorageError: the parts cannot be written.
     """
     encoder = process_encoder(span.tokenizer, span.backend)
+    chat = None if span.source.fields.messages is None else process_chat(span.tokenizer, span.backend)
     gate = None if span.evaluation is None else process_gate(span.evaluation)
     fingerprints = None if span.dedup is None else Fingerprints(span.dedup)
     parts: dict[str, _Part] = {split: _Part() for split in SPLITS}
@@ -156,14 +160,29 @@ def encode_span(span: Span) -> Commit:
     for documents in read_documents(span.listing, span.pieces, span.source, ledger):
         held_out = [is_validation(digest, span.split) for digest in documents.digests]
         kept = range(len(held_out)) if gate is None else drop_overlapping(documents, held_out, gate, ledger)
+        if chat is None:
+            ids = {row: encoder.encode(documents.texts[row]) for row in kept}
+        else:
+            ids = _render(documents, kept, chat, ledger)
         if fingerprints is not None:
-            for row in kept:
+            for row in ids:
                 fingerprints.add(documents.texts[row], "validation" if held_out[row] else "train")
         for split, part in parts.items():
-            rows = [row for row in kept if held_out[row] == (split == "validation")]
-            part.add(documents, rows, encoder, span.dtype)
-        differing.extend(_differing(documents, encoder))
+            encoded = {row: i for row, i in ids.items() if held_out[row] == (split == "validation")}
+            part.add(documents, encoded, encoder.end_of_text_id, span.dtype)
+        differing.extend(_differing(documents, ids, encoder, chat))
     return _commit(span, parts, fingerprints, ledger, tuple(differing))
+
+
+def _render(documents: Documents, rows: Iterable[int], chat: ChatEncoder, ledger: Ledger) -> dict[int, Ids]:
+    """Tokens of some rows' conversations; those that the chat template refuses go to `ledger`."""
+    found = {}
+    for row in rows:
+        try:
+            found[row] = chat.encode(documents.conversations[row])
+        except RequestError as error:
+            ledger.reject(documents.names[row], error.what)
+    return found
 
 
 def is_checked(digest: str) -> bool:
@@ -171,11 +190,17 @@ def is_checked(digest: str) -> bool:
     return int(digest[:8], 16) < CHECKED_FRACTION * 2**32
 
 
-def _differing(documents: Documents, encoder: Encoder) -> Iterator[str]:
-    """Names of those among the documents that are checked that the encoder's backends disagree on."""
-    for name, digest, text in zip(documents.names, documents.digests, documents.texts, strict=True):
-        if is_checked(digest) and not encoder.agrees(text.decode()):
-            yield name
+def _differing(documents: Documents, rows: Iterable[int], encoder: Encoder, chat: ChatEncoder | None) -> Iterator[str]:
+    """Names of those among the rows that are checked that the encoder's backends disagree on."""
+    for row in rows:
+        if not is_checked(documents.digests[row]):
+            continue
+        if chat is None:
+            agrees = encoder.agrees(documents.texts[row].decode())
+        else:
+            agrees = chat.agrees(documents.conversations[row])
+        if not agrees:
+            yield documents.names[row]
 
 
 def _commit(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.corpus.sources import Rejected
+from pipelines.corpus.sources import Rejected, check_reached
 
 CHUNK_BYTES = 1 << 20
 MAX_RECORD_BYTES = 64 << 20
@@ -37,6 +37,7 @@ class Stream:
             try:
                 part: bytes = self._opened.read(min(missing, self._step))
             except OSError as error:
+                check_reached(error, "the file")
                 self.failure = str(error).splitlines()[0]
                 break
             if not part:
@@ -59,34 +60,39 @@ def read_lines(stream: Stream, name: str, begin: int, end: int | None) -> Iterat
 
     Lines end with a line feed, which all but the last line of a file have.
     """
-    offset, rest, skipping = begin, b"", begin > 0
+    offset, skipping = begin, begin > 0
     if skipping:
         offset -= 1
         stream.seek(offset)
+    pending: list[bytes] = []  # the beginning of a line, from `offset` on
+    held = 0
     while chunk := stream.read(CHUNK_BYTES):
-        buffer = rest + chunk
-        rest = b""
-        if skipping:
-            cut = buffer.find(b"\n") + 1
-            offset += cut or len(buffer)
-            if not cut:
-                continue
-            buffer, skipping = buffer[cut:], False
-            if end is not None and offset >= end:
+        cut = chunk.find(b"\n") + 1
+        if skipping or held + (cut - 1 if cut else len(chunk)) > MAX_RECORD_BYTES:
+            if not skipping:
+                yield Rejected(name, offset, f"a line of more than {MAX_RECORD_BYTES} bytes")
+            offset += held + (cut or len(chunk))
+            pending, held, skipping = [], 0, not cut
+            if end is not None and offset >= end:  # no line begins in the range, however long this one goes on
                 return
+            if skipping:
+                continue
+            chunk = chunk[cut:]
+            cut = chunk.find(b"\n") + 1
+        if not cut:
+            pending.append(chunk)
+            held += len(chunk)
+            continue
+        buffer = b"".join([*pending, chunk])
         last = None if end is None else end - 1 - offset
         if last is not None and last < len(buffer) and (cut := buffer.find(b"\n", last) + 1):
             yield offset, buffer[:cut]
             return
         cut = buffer.rfind(b"\n") + 1
-        if cut:
-            yield offset, buffer[:cut]
-        rest = buffer[cut:]
+        yield offset, buffer[:cut]
         offset += cut
-        if len(rest) > MAX_RECORD_BYTES:
-            yield Rejected(name, offset, f"a line of more than {MAX_RECORD_BYTES} bytes")
-            offset, rest, skipping = offset + len(rest), b"", True
+        pending, held = [buffer[cut:]], len(buffer) - cut
     if stream.failure is not None:
         yield stream.lost(name, offset)
-    elif rest:
-        yield offset, rest
+    elif held:
+        yield offset, b"".join(pending)

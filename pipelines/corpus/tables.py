@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.schema.corpus import FieldsConfig, SourceConfig
-from pipelines.corpus.blocks import Read, gather
-from pipelines.corpus.sources import Rejected
+from pipelines.corpus.blocks import Read, document_field, gather
+from pipelines.corpus.sources import Rejected, check_reached
 
 TableReader = Callable[[Any, str, int, int | None, SourceConfig], Read]
 
@@ -30,11 +30,13 @@ def row_group_sizes(opened: Any) -> list[int]:
     try:
         metadata = pq.ParquetFile(opened).metadata
         return [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)]
-    except _BROKEN:
+    except _BROKEN as error:
+        check_reached(error, "the file")
         return []
 
 
 def _lost(name: str, row: int, error: BaseException) -> Rejected:
+    check_reached(error, name)
     return Rejected(name, row, f"{str(error).splitlines()[0]}; the rest of the rows is lost", rest=True)
 
 
@@ -83,7 +85,8 @@ def _batches(opened: Any) -> Iterator[Any]:
 
 
 def _columns(schema: Any, fields: FieldsConfig) -> list[str]:
-    wanted = [name for name in (fields.text, fields.id, fields.source, fields.label) if name is not None]
+    mapped = (document_field(fields), fields.id, fields.source, fields.label)
+    wanted = list(dict.fromkeys(name for name in mapped if name is not None))  # one column may be several things
     missing = [name for name in wanted if schema.names.count(name) != 1]
     if missing:
         raise ValueError(f"no column {missing[0]!r} (columns: {', '.join(schema.names)[:200]})")
@@ -104,23 +107,40 @@ def _values(column: Any) -> list[Any]:
     if pa.types.is_dictionary(column.type):
         column.validate(full=True)
         column = column.dictionary_decode()
-    kind = column.type
-    if pa.types.is_string(kind):
-        column = column.view(pa.binary())
-    elif pa.types.is_large_string(kind):
-        column = column.view(pa.large_binary())
-    elif pa.types.is_string_view(kind):
-        column = column.view(pa.binary_view())
+    column = column.view(_with_bytes(column.type))
     column.validate(full=True)
     values: list[Any] = column.to_pylist()
     return values
 
 
+def _with_bytes(kind: Any) -> Any:
+    """A type with bytes where it has text, in lists and structs too; the layout of the memory is the same."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_with_bytes(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_with_bytes(field.type)) for field in kind.fields])
+    if pa.types.is_string(kind):
+        return pa.binary()
+    if pa.types.is_string_view(kind):
+        return pa.binary_view()
+    return pa.large_binary() if pa.types.is_large_string(kind) else kind
+
+
 def _decoded(record: dict[str, Any]) -> dict[str, Any] | ValueError:
     try:
-        return {column: value.decode() if isinstance(value, bytes) else value for column, value in record.items()}
+        return {column: _text(value) for column, value in record.items()}
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8: {error.reason}")
+
+
+def _text(value: Any) -> Any:
+    """`value` with all bytes in it decoded."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list):
+        return [_text(one) for one in value]
+    return {key: _text(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 TABLE_READERS: dict[str, TableReader] = {"parquet": read_parquet, "arrow": read_arrow}

@@ -45,7 +45,7 @@ _WORDS = (
 """The split of tiktoken's cl100k encoding. On Python source at 4,096 entries it gives 3.30 bytes a token, against 3.19
 for GPT-2's and 3.25 for Qwen 2's, and gigatoken has a fast path for each of them."""
 
-_WHOLE_WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]|\n|[^\S\n]+(?!\S)|\s"
+WHOLE_WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]|\n|[^\S\n]+(?!\S)|\s"
 """Words with the space before them, digits by threes, every other mark and line feed alone, runs of other space."""
 
 _CONTINUED: Final = "##"
@@ -104,7 +104,7 @@ def _train_wordpiece(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_WHOLE_WORDS), "isolated")
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(WHOLE_WORDS), "isolated")
     learner.train_from_iterator(texts, trainer)
     vocabulary = json.loads(learner.to_str())["model"]["vocab"]
     model = models.WordPiece(
@@ -123,7 +123,7 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=first, unk_token=UNKNOWN, show_progress=False
     )
     learner = Tokenizer(models.Unigram())
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(_WHOLE_WORDS), "isolated")
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(WHOLE_WORDS), "isolated")
     learner.train_from_iterator(texts, trainer)
     pieces = [(piece, round(score, _SCORE_DIGITS)) for piece, score in json.loads(learner.to_str())["model"]["vocab"]]
     learned = sorted(pieces[len(first) :], key=lambda piece: (-piece[1], piece[0]))
@@ -143,7 +143,7 @@ def _train_words(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 def _over_whole_words(model: models.Model, decoder: decoders.Decoder) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WHOLE_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WHOLE_WORDS), "isolated")
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, UNKNOWN])
     return tokenizer

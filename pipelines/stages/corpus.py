@@ -18,8 +18,9 @@ from configs.errors import ContractError, DataError
 from configs.schema.corpus import CorpusConfig
 from pipelines.corpus.account import Account
 from pipelines.corpus.contamination import Registered, evaluation_sets, register, set_digest, settle
-from pipelines.corpus.documents import Ledger, sample_texts
+from pipelines.corpus.documents import sample_texts
 from pipelines.corpus.encode import Backend, Encoder, choose_backend
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
 from pipelines.corpus.report import Tally, metrics, render, split_figures
 from pipelines.corpus.selection import Selection
@@ -38,7 +39,7 @@ class CorpusStage:
 
     kind: ClassVar[str] = "corpus"
     artifact_kind: ClassVar[str | None] = "corpus"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     def sources(self, config: CorpusConfig) -> Mapping[str, str]:
         """Digests of the source and of the evaluation sets in files."""
@@ -57,14 +58,15 @@ class CorpusStage:
         listing = list_source(config.source)
         tokenizer = inputs["tokenizer"]
         contract = _read_contract(tokenizer.path)
+        encoder = Encoder.load(tokenizer.path, "tokenizers")
         sample = sample_texts(listing, config.source, "probe", _SAMPLE_BYTES, Ledger())
         backend, reason = choose_backend(tokenizer.path, (text.decode() for text in sample))
         sets = evaluation_sets(config, inputs)
         evaluation = register(sets, config.contamination, context.work / "evaluation.arrow") if sets else None
-        encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
+        encoded = _encode(config, listing, tokenizer, backend, evaluation, context, encoder.vocab_size)
         if encoded.differing is not None:
-            backend, reason = "tokenizers", f"gigatoken encoded {encoded.differing} differently"
-            encoded = _encode(config, listing, tokenizer, backend, evaluation, context)
+            backend, reason = "tokenizers", f"{backend} encoded {encoded.differing} differently"
+            encoded = _encode(config, listing, tokenizer, backend, evaluation, context, encoder.vocab_size)
         check_unchanged(listing, config.source)
         parts = _parts(context, backend)
         account = _account(listing, parts, encoded.spans, context.out / "quarantine.jsonl")
@@ -76,12 +78,12 @@ class CorpusStage:
 
         context.check_lease()
         tally = Tally()
-        index = _merge(config, tokenizer.path, contract, selection, tally, checked, context.out)
+        index = _merge(config, encoder, contract, selection, tally, checked, context.out)
         report = {
             "source_digest": listing.digest,
             "files": files,
             **account.summary(),
-            **tally.figures(),
+            **tally.figures(account.by_source),
             "duplicates": selection.figures(),
             "contamination": {name: one.model_dump() for name, one in checked.items()},
             "vocab_size": index.vocab_size,
@@ -90,7 +92,7 @@ class CorpusStage:
         _publish(report, config, index, context)
         seconds = time.monotonic() - started
         speed = {"seconds": seconds, "megabytes_per_second": listing.size_bytes / 1e6 / seconds}
-        return {**report, **speed, "encoder": backend, "encoder_reason": reason}
+        return {**report, **speed, "spans": encoded.spans, "encoder": backend, "encoder_reason": reason}
 
 
 def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
@@ -148,6 +150,7 @@ def _encode(
     backend: Backend,
     evaluation: Registered | None,
     context: StageContext,
+    vocab_size: int,
 ) -> _Encoded:
     """Encodes what is not committed yet.
 
@@ -155,7 +158,6 @@ def _encode(
     """
     parts = _parts(context, backend)
     parts.mkdir(parents=True, exist_ok=True)
-    vocab_size = Encoder.load(tokenizer.path, backend).vocab_size
     first = Span(
         number=0, listing=replace(listing, files=(), unreadable=()), pieces=(), source=config.source,
         split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest, backend=backend,
@@ -222,7 +224,7 @@ def _dtype(vocab_size: int) -> str:
 
 def _merge(
     config: CorpusConfig,
-    tokenizer: Path,
+    encoder: Encoder,
     contract: TextContract,
     selection: Selection,
     tally: Tally,
@@ -230,7 +232,6 @@ def _merge(
     out: Path,
 ) -> CorpusIndex:
     """Writes the shards and the index from what was selected of the committed parts."""
-    encoder = Encoder.load(tokenizer, "tokenizers")
     splits = {}
     for split in SPLITS:
         record = write_split(out, split, tally.count(selection.documents(split)), config.shard_tokens)

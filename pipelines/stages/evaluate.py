@@ -14,6 +14,7 @@ from pipelines.corpus.instructions import Pair
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.shards import CorpusIndex
 from pipelines.evaluation.answering import ModelResult, chat_prompt, measure
+from pipelines.evaluation.lineage import check_overlaps
 from pipelines.evaluation.metrics import METRICS, bits_per_byte, mean_with_interval, signatures
 from pipelines.evaluation.report import REPORT, ModelScores, Report, scores_picture
 from pipelines.evaluation.tasks import METRIC_OF, Selection, load_pairs, select
@@ -39,13 +40,14 @@ class EvaluateStage:
 
         Raises:
             ContractError: the corpus was not made with a model's tokenizer.
-            DataError: no held-out pair, or none that fits the models.
+            DataError: no held-out pair, or none that fits the models; or a model learned from overlapping documents.
             RequestError: a model has no chat template.
         """
         models = {label: inputs[f"models.{label}"] for label in config.models}
         corpus, data = inputs["corpus"], inputs["data"]
         texts = {label: Text.load(model.path) for label, model in models.items()}
         _check_contracts(texts, CorpusIndex.load(corpus.path).contract)
+        overlaps = check_overlaps(models, data, context.store)
         lengths = {label: _context_length(model) for label, model in models.items()}
 
         def fits(pair: Pair) -> bool:
@@ -82,6 +84,7 @@ class EvaluateStage:
         return {
             "pairs": report.pairs,
             "models": {label: _figures(report.models[label]) for label in models},
+            "overlaps": overlaps,
             "tokens_per_second": {label: round(result.tokens_per_second, 1) for label, result in results.items()},
             "examples": [row for task in asked.tasks for row in [r for r in scored if r["task"] == task][:_EXAMPLES]],
         }

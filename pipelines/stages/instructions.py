@@ -15,8 +15,9 @@ from actors.store.artifacts import Artifact
 from configs.errors import DataError
 from configs.schema.corpus import InstructionsConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Ledger, read_documents
+from pipelines.corpus.documents import read_documents
 from pipelines.corpus.instructions import Pair, Task, deduplicate, parse_pairs
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import Piece, plan_spans
 from pipelines.corpus.sources import Listing, Rejected, is_validation, list_source
 from pipelines.corpus.tasks import run_bounded
@@ -42,7 +43,7 @@ class InstructionsStage:
 
     kind: ClassVar[str] = "instructions"
     artifact_kind: ClassVar[str | None] = "dataset"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: InstructionsConfig) -> Mapping[str, str]:
         """Digest of the source."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 from actors.store.artifacts import Artifact, ArtifactStore
 from actors.store.registry import Registry
 from actors.store.tracker import tracking_uri
-from configs.artifacts import Manifest
-from configs.errors import ArtifactError, ConfigError
+from configs.errors import ConfigError
 from configs.schema.evaluation import RegisterConfig
 from pipelines.evaluation.gate import gate
+from pipelines.evaluation.lineage import ancestors
 from pipelines.evaluation.report import Report
 from pipelines.stage import Progress, StageContext
 
@@ -77,25 +77,9 @@ class RegisterStage:
 def lineage_tags(artifacts: list[Artifact], store: ArtifactStore) -> dict[str, str]:
     """For `artifacts` and all they were made from: reference, digest and, where there is one, MLflow run."""
     tags: dict[str, str] = {}
-    for ref, digest, run in _ancestors([a.manifest for a in artifacts], store):
+    for ref, digest, manifest in ancestors([a.manifest for a in artifacts], store):
         key = ref.partition("@")[0].replace("/", ".")
         tags[f"ganymede.lineage.{key}"] = f"{ref} {digest}"
-        if run is not None:
-            tags[f"ganymede.run.{key}"] = run
+        if manifest is not None and manifest.tracking_run is not None:
+            tags[f"ganymede.run.{key}"] = manifest.tracking_run
     return tags
-
-
-def _ancestors(manifests: list[Manifest], store: ArtifactStore) -> Iterator[tuple[str, str, str | None]]:
-    seen: set[str] = set()
-    pending = list(manifests)
-    while pending:
-        manifest = pending.pop()
-        if manifest.digest in seen:
-            continue
-        seen.add(manifest.digest)
-        yield str(manifest.ref), manifest.digest, manifest.tracking_run
-        for record in manifest.inputs.values():
-            try:
-                pending.append(store.get(record.ref, verify=False).manifest)
-            except ArtifactError:  # removed since; what was made from it still says which it was
-                yield record.ref, record.digest, None

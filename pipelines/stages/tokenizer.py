@@ -13,8 +13,9 @@ from actors.text import CONTRACT, make_contract
 from configs.errors import DataError
 from configs.schema.corpus import SourceConfig, SplitConfig, TokenizerConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Ledger, sample_texts
+from pipelines.corpus.documents import sample_texts
 from pipelines.corpus.encode import Encoder, choose_backend
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.sources import Listing, is_validation, list_source
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.corpus.vocabulary import (
@@ -36,7 +37,7 @@ class TokenizerStage:
 
     kind: ClassVar[str] = "tokenizer"
     artifact_kind: ClassVar[str | None] = "tokenizer"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     def sources(self, config: TokenizerConfig) -> Mapping[str, str]:
         """Digests of the sources, and of the existing tokenizer where there is one."""

@@ -133,20 +133,29 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation loss in nats per token and bits per byte, the rows shared out over the ranks."""
-        rows = self._objective.validation()
-        totals = torch.zeros(2, dtype=torch.float64, device=self._hardware.device)
+        """Validation loss in nats per token, of each source as well if there are several, and bits per byte.
+
+        The rows are shared out over the ranks.
+        """
+        sources = self._objective.validation()
+        totals = torch.zeros((len(sources), 2), dtype=torch.float64, device=self._hardware.device)
         size = self._config.micro_batch_rows
         self._model.eval()
-        for begin in range(size * self._ranks.rank, len(rows), size * self._ranks.world_size):
-            part = rows.part(begin, min(begin + size, len(rows))).to(self._hardware.device)
-            with self._hardware.autocast():
-                totals[0] += self._objective.loss(self._model, part)
-            totals[1] += part.targets.sum()
+        for total, rows in zip(totals, sources.values(), strict=True):
+            for begin in range(size * self._ranks.rank, len(rows), size * self._ranks.world_size):
+                part = rows.part(begin, min(begin + size, len(rows))).to(self._hardware.device)
+                with self._hardware.autocast():
+                    total[0] += self._objective.loss(self._model, part)
+                total[1] += part.targets.sum()
         self._model.train()
-        loss, tokens = self._ranks.sum(totals).tolist()
+        totals = self._ranks.sum(totals)
+        loss, tokens = totals.sum(0).tolist()
         nats = loss / tokens
-        return {"validation_loss": nats, "bits_per_byte": nats / math.log(2) / self._objective.bytes_per_token}
+        figures = {"validation_loss": nats, "bits_per_byte": nats / math.log(2) / self._objective.bytes_per_token}
+        if len(sources) > 1:
+            means = (totals[:, 0] / totals[:, 1]).tolist()
+            figures |= {f"validation_loss/{name}": mean for name, mean in zip(sources, means, strict=True)}
+        return figures
 
     def _step(self, step: int, clock: _Clock) -> tuple[dict[str, float], bool]:
         waiting = time.perf_counter()

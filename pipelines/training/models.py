@@ -93,12 +93,13 @@ def save_model(model: nn.Module, folder: Path, *, eos_token_ids: Iterable[int], 
     model.save_pretrained(folder)
 
 
-def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+def hidden_states(model: nn.Module, tokens: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Final hidden states [rows, length, width] of right-padded token rows [rows, length].
 
-    No attention mask: behind a causal mask no token sees the padding to its right.
+    No attention mask: behind a causal mask no token sees the padding to its right. Of `position_ids`, `transformers`
+    takes it that a sequence of its own begins wherever they do not go on by one, and attends to nothing before.
     """
-    output: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+    output: Tensor = model.base_model(input_ids=tokens, position_ids=position_ids, use_cache=False).last_hidden_state
     return output
 
 

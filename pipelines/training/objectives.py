@@ -6,6 +6,7 @@ Losses are sums over target tokens, never means, so that a batch may be split ov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError
 from pipelines.corpus.loader import Loader
+from pipelines.corpus.packing import PackedRows
 from pipelines.training.cross_entropy import linear_cross_entropy
 from pipelines.training.models import hidden_states
 from pipelines.training.pairs import PairRows
@@ -31,6 +33,8 @@ class Rows:
     """[rows, length + 1], int64; position t predicts position t + 1."""
     targets: Tensor
     """[rows, length], bool: whether the prediction at t counts."""
+    position_ids: Tensor | None = None
+    """[rows, length], int64, of rows that hold several sequences: 0 where one begins. None is one a row."""
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -40,11 +44,13 @@ class Rows:
         targets = self.targets[start:stop]
         used = int(targets.any(0).nonzero().max()) + 1 if bool(targets.any()) else 1
         length = min(-(-used // _BUCKET_TOKENS) * _BUCKET_TOKENS, targets.shape[1])
-        return Rows(self.tokens[start:stop, : length + 1], targets[:, :length])
+        position_ids = None if self.position_ids is None else self.position_ids[start:stop, :length]
+        return Rows(self.tokens[start:stop, : length + 1], targets[:, :length], position_ids)
 
     def to(self, device: torch.device) -> Rows:
         """The same rows on `device`."""
-        return Rows(self.tokens.to(device), self.targets.to(device))
+        position_ids = None if self.position_ids is None else self.position_ids.to(device)
+        return Rows(self.tokens.to(device), self.targets.to(device), position_ids)
 
 
 class Objective(Protocol):
@@ -59,8 +65,8 @@ class Objective(Protocol):
         """This rank's rows of the global batch of `step`."""
         ...
 
-    def validation(self) -> Rows:
-        """The validation rows, the same at every call."""
+    def validation(self) -> Mapping[str, Rows]:
+        """The validation rows by source, the same at every call; one source needs no name."""
         ...
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
@@ -69,22 +75,42 @@ class Objective(Protocol):
 
 
 class CausalLanguageModel:
-    """Next-token prediction over packed rows of a corpus; every token is a target."""
+    """Next-token prediction over packed rows of one corpus or several.
 
-    def __init__(self, train: Loader, validation: Loader, *, row_tokens: int, validation_rows: int) -> None:
+    Every token is a target; `within_documents`, every token but the first of a document, which nothing before it says
+    anything about, and no token attends to another document.
+    """
+
+    def __init__(
+        self,
+        train: Loader,
+        validation: Mapping[str, Loader],
+        *,
+        row_tokens: int,
+        validation_rows: int,
+        within_documents: bool = False,
+    ) -> None:
         self.row_tokens = row_tokens
-        self.bytes_per_token = validation.bytes_per_token
         self._train = train
         self._validation = validation
-        self._validation_rows = validation_rows
+        self._validation_rows = -(-validation_rows // len(validation))
+        self._within_documents = within_documents
+        targets = {name: int(rows.targets.sum()) for name, rows in self.validation().items()}
+        text_bytes = sum(count * validation[name].bytes_per_token for name, count in targets.items())
+        self.bytes_per_token = text_bytes / sum(targets.values())
 
     def batch(self, step: int, rank: int, world_size: int) -> Rows:
         """See `Objective`."""
+        if self._within_documents:
+            return _within_documents(self._train.packed(step, rank, world_size))
         return _all_targets(self._train.batch(step, rank, world_size))
 
-    def validation(self) -> Rows:
-        """The first validation rows in document order."""
-        return _all_targets(self._validation.rows(self._validation_rows))
+    def validation(self) -> Mapping[str, Rows]:
+        """Validation rows spread evenly over each source."""
+        count = self._validation_rows
+        if self._within_documents:
+            return {name: _within_documents(loader.packed_rows(count)) for name, loader in self._validation.items()}
+        return {name: _all_targets(loader.rows(count)) for name, loader in self._validation.items()}
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """See `Objective`."""
@@ -120,9 +146,9 @@ class SupervisedPairs:
         chosen.sort(key=self._train.length)
         return padded_rows(self._train, chosen[rank::world_size])
 
-    def validation(self) -> Rows:
+    def validation(self) -> Mapping[str, Rows]:
         """The first held-out pairs."""
-        return padded_rows(self._validation, range(min(self._validation_rows, len(self._validation))))
+        return {"": padded_rows(self._validation, range(min(self._validation_rows, len(self._validation))))}
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """See `Objective`."""
@@ -134,7 +160,7 @@ class SupervisedPairs:
 
 def token_loss(model: nn.Module, rows: Rows) -> Tensor:
     """Negative log-likelihood of the targets of `rows` under `model`, summed, in nats."""
-    hidden = hidden_states(model, rows.tokens[:, :-1])
+    hidden = hidden_states(model, rows.tokens[:, :-1], rows.position_ids)
     wanted = rows.targets
     return linear_cross_entropy(hidden[wanted], model.get_output_embeddings().weight, rows.tokens[:, 1:][wanted])
 
@@ -155,3 +181,8 @@ def padded_rows(pairs: PairRows, chosen: range | list[int]) -> Rows:
 def _all_targets(tokens: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> Rows:
     held = torch.from_numpy(tokens)
     return Rows(held, torch.ones((held.shape[0], held.shape[1] - 1), dtype=torch.bool))
+
+
+def _within_documents(packed: PackedRows) -> Rows:
+    position_ids = torch.from_numpy(packed.positions)[:, :-1]
+    return Rows(torch.from_numpy(packed.tokens), torch.from_numpy(packed.targets), position_ids)

@@ -84,6 +84,7 @@ def _summary(
         "first_validation_loss": scored[0]["validation_loss"],
         "validation_loss": scored[-1]["validation_loss"],
         "bits_per_byte": scored[-1]["bits_per_byte"],
+        **{name: loss for name, loss in scored[-1].items() if name.startswith("validation_loss/")},
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "mfu": statistics.median(line["mfu"] for line in lines),
     }

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -6,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.corpus import _ids, _page, _peer
-from benchmarks.corpus_data import make_jsonl
+from benchmarks.corpus import _ids, _page
+from benchmarks.corpus_data import enlarge, make_jsonl
 from benchmarks.corpus_peers import fingerprint
+from benchmarks.programs import run_peer
 
 DATA = Path(os.environ.get("GANYMEDE_DATA", Path(__file__).parents[3] / "shared/data"))
 
@@ -45,8 +47,8 @@ def test_ids_that_differ_are_shouted_and_ratios_are_against_our_warm_median() ->
 
 
 def test_a_peer_that_is_not_installed_is_said_to_be_missing(tmp_path: Path) -> None:
-    assert "give --peers" in _peer("datasets", None, tmp_path, "", tmp_path, 1)["missing"]
-    found = _peer("datatrove", sys.executable, tmp_path, "", tmp_path, 1)
+    assert "give --peers" in run_peer("datasets", None, tmp_path, "", tmp_path, 1)["missing"]
+    found = run_peer("datatrove", sys.executable, tmp_path, "", tmp_path, 1)
     assert "pip install datatrove==" in found["missing"]
     assert f"- datasets: {found['missing']}" in _page(_document(found))
 
@@ -66,3 +68,12 @@ def test_the_data_are_novels_and_modules_in_turn(tmp_path: Path) -> None:
     assert '{"id": "ENG18400_Trollope/' in text
     assert '.py", "text": ' in text
     assert make_jsonl(DATA, tmp_path / "source", 1_000_000) == size
+
+
+def test_a_larger_source_holds_no_document_twice(tmp_path: Path) -> None:
+    (tmp_path / "part-00.jsonl").write_text('{"id": "a", "text": "one two three"}\n{"id": "b", "text": "four five"}\n')
+    size = enlarge(tmp_path, tmp_path / "larger", 1000)
+    lines = [json.loads(line) for p in (tmp_path / "larger").glob("*.jsonl") for line in p.read_text().splitlines()]
+    assert 1000 <= size == sum(p.stat().st_size for p in (tmp_path / "larger").glob("*.jsonl"))
+    assert len({line["text"] for line in lines}) == len(lines)
+    assert len({line["id"] for line in lines}) == len(lines)

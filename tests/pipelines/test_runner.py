@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import pytest
 from actors.store.artifacts import Artifact, ArtifactStore
 from actors.store.tracker import NoTracker
 from configs.errors import ArtifactError, ConfigError, DriftError, LeaseError, StageError, StorageError
+from configs.schema.corpus import SourceConfig
 from configs.schema.project import Recipe
+from pipelines.corpus.sources import list_source
 from pipelines.runner import Outcome, Runner, RunReport
 from pipelines.stage import Progress, StageContext
 
@@ -191,3 +195,20 @@ def test_an_input_may_be_an_artifact_of_another_recipe(bench: Bench) -> None:
     recipe["stages"]["corpus"]["tokenizer"] = "tokenizer/missing@1"  # type: ignore[index]
     with pytest.raises(ArtifactError, match="no artifact tokenizer/missing@1"):
         bench.run({**recipe, "name": "third"})
+
+
+def test_hashes_of_source_files_are_kept_in_the_state_folder(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.txt").write_text("text")
+    os.utime(source / "a.txt", (1, 1))
+    time.sleep(2.1)
+
+    class Listing(Writer):
+        def sources(self, config: Any) -> Mapping[str, str]:
+            return {"source": list_source(SourceConfig(path=str(source))).digest}
+
+    bench = Bench(tmp_path / "home")
+    bench.tokenizer = Listing("tokenizer")
+    bench.run()
+    assert len(list((tmp_path / "home/hashes").glob("*.json"))) == 1

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.schema.corpus import CleaningConfig
-from pipelines.corpus.clean import clean, is_code, steps
+from pipelines.corpus.clean import clean, is_code, looks_like_code, steps
 from pipelines.corpus.html import visible_text
 from pipelines.corpus.masks import mask_addresses, mask_emails, mask_keys
 
@@ -43,6 +43,64 @@ def test_prose_is_brought_to_one_form(text: str, after: str, step: str) -> None:
 )
 def test_good_text_stays_as_it_is(text: str) -> None:
     assert _clean(text) == (text, [])
+
+
+PROGRAMS = {
+    "python": """\
+    def test_keyencoding(self):
+        d = {}
+        key = 'P\u00c3\u00b6p'
+        # the default keyencoding is utf-8
+        shelve.Shelf(d)[key] = [1]
+        self.assertIn(key.encode('utf-8'), d)
+""",
+    "python_test": """\
+def test_encoding_infer(datapath):
+    with pd.read_sas(fname, encoding="infer", iterator=True) as df1_reader:
+        assert df1_reader.inferred_encoding == "cp1252", df1_reader.inferred_encoding
+    assert "\u00c3\u00a9grtxt" in result.columns
+""",
+    "session": """\
+    >>> fix_encoding("s\u00c3\u00b3")
+    's\u00f3'
+""",
+    "javascript": """\
+// what a broken header looks like
+const broken = "caf\u00c3\u00a9";
+if (decode(broken) !== "caf\u00e9") {
+  throw new Error(broken);
+}
+""",
+    "c": """\
+static const char *names[] = {
+    "F\u00c3\u00bcr", /* as it comes */
+};
+""",
+}
+PROSE = {
+    '<p>"You must have gone by the Darren, I suppose"\u00e2\u20ac\u201dthat was all he said.': 'suppose"\u2014that was',
+    "Kartoffelkuehen, a dark brown one, and R\u00c3\u00b6slein, the \u201cfavourite\u201d": "and R\u00f6slein",
+    "'It is a report on the rationale of the world\u00e2\u20ac\u2122s largest study (see 2; below).'": "world\u2019s",
+    '{"note": "caf\u00c3\u00a9"}\n' + "It was a long walk to the place, and nobody came.\n" * 20: "caf\u00e9",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_literals_of_program_source_in_records_are_left_alone(name: str) -> None:
+    assert _clean(PROGRAMS[name], name="records.jsonl") == (PROGRAMS[name], [])
+
+
+@pytest.mark.parametrize("text", PROSE)
+def test_prose_that_was_decoded_wrongly_is_repaired_beside_sound_lines(text: str) -> None:
+    after, changed = _clean(f"{text}\n\u201cSound\u201d line.", name="records.jsonl")
+    assert PROSE[text] in after
+    assert "\u201cSound\u201d" in after
+    assert changed == ["mojibake"]
+
+
+@given(st.text(st.sampled_from("ab \t(;={}\"'\n#/")))
+def test_any_text_is_judged(text: str) -> None:
+    assert isinstance(looks_like_code(text), bool)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))

@@ -164,6 +164,16 @@ def test_a_corpus_that_overlaps_is_refused_where_the_recipe_says_so(run: Run, qu
         run("refused", contamination=questions.model_copy(update={"action": "refuse"}))
 
 
+def test_what_overlaps_is_kept_and_counted_where_the_recipe_says_so(run: Run, questions: ContaminationConfig) -> None:
+    before, _ = run("before")
+    corpus, summary = run("kept", contamination=questions.model_copy(update={"action": "keep"}))
+    assert _ids(corpus, "train") == _ids(before, "train")
+    checked = CorpusIndex.load(corpus).checked["quiz"]
+    assert checked.kept == len({f"quiz{n}" for n in range(8)} & _ids(before, "train"))
+    assert checked.dropped == 0
+    assert "overlap_quiz" not in summary["drops"]
+
+
 def test_another_evaluation_set_is_another_fingerprint(questions: ContaminationConfig, records: Path) -> None:
     config = CorpusConfig(tokenizer="tokenizer", source=SourceConfig(path=str(records)), contamination=questions)
     first = CorpusStage().sources(config)
@@ -178,7 +188,14 @@ def test_the_page_shows_the_figures_and_needs_nothing_else(run: Run, questions: 
     report = json.loads((corpus / "report.json").read_bytes())
     assert {key: summary[key] for key in report} == report
     assert sum(count for _, _, count in report["length_tokens"]) == report["documents"]
-    assert set(report["by_source"]) == {"books", "web"}
+    assert set(report["by_source"]) == {"books", "web", "(none)"}
+    assert report["by_source"]["(none)"]["drops"] == {"near_duplicate": 2}
+    for total, per_source in (("documents", "documents"), ("read_bytes", "read_bytes"), ("empty", "empty")):
+        assert report[total] == sum(s[per_source] for s in report["by_source"].values())
+    for source in report["by_source"].values():
+        assert source["documents_read"] == source["documents"] + source["empty"] + sum(source["drops"].values())
+    reasons = {reason for source in report["by_source"].values() for reason in source["drops"]}
+    assert {r: sum(s["drops"].get(r, 0) for s in report["by_source"].values()) for r in reasons} == report["drops"]
     assert sum(g["tokens"] for g in report["by_source"].values()) == sum(
         report[s]["tokens"] for s in ("train", "validation")
     )

@@ -3,92 +3,34 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import fs
+from source_files import COMPRESSIONS, FORMATS, TEXTS, arrow, jsonl, parquet, read
 
 from configs.errors import DataError
-from configs.schema.corpus import CleaningConfig, FieldsConfig, FiltersConfig, SourceConfig
+from configs.schema.corpus import FieldsConfig, FiltersConfig, SourceConfig
 from pipelines.corpus.account import Account
-from pipelines.corpus.documents import Ledger, read_documents, sample_texts
+from pipelines.corpus.documents import read_documents, sample_texts
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import LARGEST_SPAN_BYTES, SMALLEST_SPAN_BYTES, choose_span_bytes, plan_spans
 from pipelines.corpus.sources import list_source
-
-RAW = CleaningConfig(normalize="none", mojibake=False, controls=False)
-DATA = Path(os.environ.get("GANYMEDE_DATA", Path(__file__).parents[4] / "shared/data"))
-TEXTS = ["first", "zweite Zeile: ä", "", 'with "quotes", commas\nand a line end', "日本語 🤖", "x" * 3000]
-
-
-def read(path: Path, span_bytes: int = 1 << 20, **config: Any) -> tuple[list[tuple[str, str]], Ledger]:
-    """Names and texts of a source's documents, span by span, and the account of the rest."""
-    source = SourceConfig(path=str(path), **{"cleaning": RAW, **config})
-    listing = list_source(source)
-    ledger = Ledger()
-    found = []
-    for span in plan_spans(listing, source, span_bytes):
-        for documents in read_documents(listing, span, source, ledger):
-            texts = (text.decode() for text in documents.texts)
-            found.extend(zip(documents.names, texts, strict=True))
-    assert ledger.documents == len(found)
-    return found, ledger
 
 
 def _texts(path: Path, span_bytes: int = 1 << 20, **config: Any) -> list[str]:
     return [text for _, text in read(path, span_bytes, **config)[0]]
 
 
-def _jsonl(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": t, "n": n}).encode() + b"\n" for n, t in enumerate(texts))
-
-
-def _csv(texts: list[str], separator: str = ",") -> bytes:
-    rows = [f'{n}{separator}"{t.replace(chr(34), chr(34) * 2)}"' for n, t in enumerate(texts)]
-    return "\r\n".join([f"n{separator}text", *rows, ""]).encode()
-
-
-def _table(texts: list[str]) -> pa.Table:
-    return pa.table({"text": texts, "n": list(range(len(texts)))})
-
-
-def _parquet(texts: list[str]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(_table(texts), sink, row_group_size=2)
-    return sink.getvalue().to_pybytes()
-
-
-def _arrow(texts: list[str], new: Callable[..., Any] = pa.ipc.new_file) -> bytes:
-    sink = pa.BufferOutputStream()
-    with new(sink, _table(texts).schema) as writer:
-        writer.write_table(_table(texts), max_chunksize=2)
-    return sink.getvalue().to_pybytes()
-
-
-FORMATS: dict[str, Callable[[list[str]], bytes]] = {
-    "jsonl": _jsonl,
-    "csv": _csv,
-    "parquet": _parquet,
-    "arrow": _arrow,
-    "feather": lambda texts: _arrow(texts, pa.ipc.new_stream),
-}
-
-
-@pytest.mark.parametrize("compress", [None, "gz", "zst"])
+@pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("ending", FORMATS)
-def test_every_format_gives_its_documents(tmp_path: Path, ending: str, compress: str | None) -> None:
-    content = FORMATS[ending](TEXTS)
-    name = f"data.{ending}" + (f".{compress}" if compress else "")
-    if compress == "gz":
-        content = gzip.compress(content[:100]) + gzip.compress(content[100:])
-    elif compress == "zst":
-        content = pa.Codec("zstd").compress(content).to_pybytes()
-    (tmp_path / name).write_bytes(content)
+def test_every_format_gives_its_documents(tmp_path: Path, ending: str, compression: str) -> None:
+    name = f"data.{ending}{compression}"
+    (tmp_path / name).write_bytes(COMPRESSIONS[compression](FORMATS[ending](TEXTS)))
     found, ledger = read(tmp_path)
     assert [text for _, text in found] == [t for t in TEXTS if t]
     assert (ledger.empty, ledger.rejected) == (1, [])
@@ -134,7 +76,7 @@ def test_a_file_cut_anywhere_gives_every_record_once(
 
 
 def test_row_groups_are_spread_over_spans(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(_parquet(TEXTS))
+    (tmp_path / "a.parquet").write_bytes(parquet(TEXTS))
     source = SourceConfig(path=str(tmp_path))
     listing = list_source(source)
     assert len(plan_spans(listing, source, 1)) == 3
@@ -213,7 +155,7 @@ def test_ids_sources_and_labels_come_along(tmp_path: Path) -> None:
 def test_globs_and_uris_name_the_same_data(tmp_path: Path) -> None:
     for name in ("x/a.jsonl", "x/b.jsonl", "y/c.jsonl", "y/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(_jsonl([name]))
+        (tmp_path / name).write_bytes(jsonl([name]))
     plain = list_source(SourceConfig(path=str(tmp_path)))
     assert list_source(SourceConfig(path=tmp_path.as_uri())).digest == plain.digest
     names = [f.name for f in list_source(SourceConfig(path=f"{tmp_path}/*/*.jsonl")).files]
@@ -223,7 +165,7 @@ def test_globs_and_uris_name_the_same_data(tmp_path: Path) -> None:
 
 def test_any_pyarrow_file_system_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bucket/sub").mkdir(parents=True)
-    (tmp_path / "bucket/sub/a.jsonl").write_bytes(_jsonl(TEXTS))
+    (tmp_path / "bucket/sub/a.jsonl").write_bytes(jsonl(TEXTS))
     store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
 
     class Addresses:
@@ -242,8 +184,8 @@ def test_any_pyarrow_file_system_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_saved_dataset_gives_its_rows_alone(tmp_path: Path) -> None:
     folder = tmp_path / "train"
     folder.mkdir()
-    (folder / "data-00000-of-00001.arrow").write_bytes(_arrow(TEXTS, pa.ipc.new_stream))
-    (folder / "cache-1234.arrow").write_bytes(_arrow(["cached"], pa.ipc.new_stream))
+    (folder / "data-00000-of-00001.arrow").write_bytes(arrow(TEXTS, pa.ipc.new_stream))
+    (folder / "cache-1234.arrow").write_bytes(arrow(["cached"], pa.ipc.new_stream))
     (folder / "dataset_info.json").write_text("{}")
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
@@ -257,7 +199,7 @@ def test_a_hub_name_without_a_connection_is_a_clear_error(monkeypatch: pytest.Mo
 
 
 def test_dropped_documents_are_counted_with_examples_that_do_not_depend_on_spans(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(_jsonl([f"short {n}" for n in range(50)] + ["long enough to stay"]))
+    (tmp_path / "a.jsonl").write_bytes(jsonl([f"short {n}" for n in range(50)] + ["long enough to stay"]))
     filters = FiltersConfig(min_bytes=10)
     summaries = []
     for span_bytes in (100, 1 << 20):
@@ -272,38 +214,3 @@ def test_dropped_documents_are_counted_with_examples_that_do_not_depend_on_spans
     assert summaries[0] == summaries[1]
     assert (summaries[0]["records"], summaries[0]["documents"], summaries[0]["drops"]) == (51, 1, {"too_short": 50})
     assert len(summaries[0]["examples"]["too_short"]) == 3
-
-
-@pytest.mark.parametrize("kind", ["text", "lines", "paragraphs", "jsonl", "csv", "tsv", "parquet", "arrow"])
-@given(st.data())
-@settings(max_examples=25, deadline=None)
-def test_random_bytes_never_stop_a_reader(tmp_path_factory: pytest.TempPathFactory, kind: str, data: Any) -> None:
-    """Random bytes, and whole files with some bytes changed."""
-    content = data.draw(st.binary(max_size=300))
-    if data.draw(st.booleans()):
-        whole = bytearray(FORMATS.get(kind, _jsonl)(TEXTS))
-        for place, byte in data.draw(st.lists(st.tuples(st.integers(0, len(whole) - 1), st.integers(0, 255)))):
-            whole[place] = byte
-        content = bytes(whole)
-    folder = tmp_path_factory.mktemp("fuzz")
-    ending = data.draw(st.sampled_from(["", ".gz", ".zst"]))
-    (folder / f"f{ending}").write_bytes(content)
-    found, ledger = read(folder, data.draw(st.integers(1, 400)), format=kind, cleaning=CleaningConfig(html=True))
-    account = Account()
-    account.add(ledger)
-    assert account.records == len(found) + ledger.empty + len(ledger.rejected)
-    assert all(r.name == f"f{ending}" and r.offset >= 0 and r.reason for r in ledger.rejected)
-
-
-@pytest.mark.parametrize("ending", FORMATS)
-def test_naughty_strings_come_back_from_every_format(tmp_path: Path, ending: str) -> None:
-    path = DATA / "blns/blns.json"
-    if not path.is_file():
-        pytest.skip(f"no naughty strings at {path}; set GANYMEDE_DATA")
-    strings = [s for s in json.loads(path.read_text(encoding="utf-8")) if s and "\r" not in s and "\n" not in s]
-    (tmp_path / f"a.{ending}").write_bytes(FORMATS[ending](strings))
-    found, ledger = read(tmp_path, 500)
-    assert [t for _, t in found] == strings
-    assert not ledger.rejected
-    cleaned, account = read(tmp_path, cleaning=CleaningConfig(html=True, mask=("email", "ip", "key")))
-    assert len(cleaned) + account.empty == len(strings)

@@ -62,10 +62,10 @@ def test_a_sample_is_the_same_every_time(inspector: Inspector) -> None:
 
 def test_each_packing_is_reported_before_it_is_chosen(inspector: Inspector) -> None:
     reports = inspector.packing("train", 64)
-    assert set(reports) == {"chunk", "best-fit", "document"}
-    assert reports["chunk"].padding == 0
-    assert reports["best-fit"].truncation < reports["chunk"].truncation
-    assert set(inspector.packing("validation", 64)) == {"best-fit", "document"}
+    assert set(reports) == {"concat", "best_fit", "one_document"}
+    assert reports["concat"].padding == 0
+    assert reports["best_fit"].truncation < reports["concat"].truncation
+    assert set(inspector.packing("validation", 64)) == {"best_fit", "one_document"}
 
 
 def test_the_wrong_tokenizer_is_refused(inspector: Inspector, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
+import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,9 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ContractError, CorruptArtifactError, DataError, InputError
+from configs.schema.data import Layout, Phase
 from pipelines.corpus.loader import Loader, Rowing
-from pipelines.corpus.mixture import Phase
-from pipelines.corpus.packing import Layout
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFiles
 from pipelines.corpus.shards import CorpusIndex
@@ -61,9 +62,24 @@ def test_the_permutation_is_a_bijection(size: int, key: bytes) -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_permutation_stays_inside_any_size(size: int, data: st.DataObject) -> None:
     positions = data.draw(st.lists(st.integers(0, size - 1), unique=True, max_size=20))
-    images = Permutation(size, b"key")(positions).tolist()
+    images = Permutation(size, b"key")(np.array(positions, dtype=np.int64)).tolist()
     assert len(set(images)) == len(positions)
     assert all(0 <= image < size for image in images)
+
+
+@pytest.mark.parametrize("size", [1_000, 10_007, 215_339])
+def test_the_permutation_looks_random(size: int) -> None:
+    """Pairs of rows next to each other, and a side of the Feistel rectangle apart, fall into 16 x 16 cells evenly."""
+    side = math.isqrt(size - 1) + 1
+    for lag in (1, 2, -(-size // side), side):
+        statistics = []
+        for key in range(20):
+            cells = Permutation(size, str(key).encode())(np.arange(size)) * 16 // size
+            counts = np.bincount(cells[lag:] * 16 + cells[:-lag], minlength=256)
+            expected = (size - lag) / 256
+            statistics.append(float(((counts - expected) ** 2 / expected).sum()))
+        # A random order gives 225 +- 20 (each row and column of cells has its size) for one key.
+        assert abs(np.mean(statistics) - 225) < 20
 
 
 def test_rows_are_the_stream_with_the_token_that_follows(corpus: Path) -> None:
@@ -125,19 +141,33 @@ def test_an_unknown_or_short_split_is_an_error(corpus: Path) -> None:
         _open(corpus, row_tokens=TOKENS)
 
 
-def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(corpus: Path) -> None:
-    """1 worker, then 3, then 2, each starting anew in the middle of an epoch, on layouts and mixtures alike."""
-    for layout in LAYOUTS:
-        straight = _open(corpus, batch_rows=6, layout=layout)
-        samples, tokens = [], []
-        for world_size, steps in ((1, range(3)), (3, range(3, 8)), (2, range(8, 20))):
-            workers = [_open(corpus, batch_rows=6, layout=layout) for _ in range(world_size)]
-            for step in steps:
-                for rank, worker in enumerate(workers):
-                    samples.append(worker.ledger(step, rank, world_size))
-                    tokens.append(worker.batch(step, rank, world_size))
-        assert np.array_equal(np.concatenate(samples), np.concatenate([straight.ledger(s) for s in range(20)]))
-        assert np.array_equal(np.concatenate(tokens), np.concatenate([straight.batch(s) for s in range(20)]))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_changing_number_of_workers_keeps_the_ledger_and_the_tokens(
+    corpus: Path, other: Path, layout: Layout, mixed: bool
+) -> None:
+    """1 worker, then 3, then 2, each starting anew in the middle of an epoch and of a phase of the mixture."""
+    phases = Phase(weights={"a": 2, "b": 1}), Phase(from_step=10, weights={"a": 1, "b": 1})
+
+    def opened() -> Loader:
+        if mixed:
+            return _mix({"a": corpus, "b": other}, *phases, layout=layout, batch_rows=6)
+        return _open(corpus, batch_rows=6, layout=layout)
+
+    straight = opened()
+    samples, tokens, positions = [], [], []
+    for world_size, steps in ((1, range(3)), (3, range(3, 8)), (2, range(8, 20))):
+        workers = [opened() for _ in range(world_size)]
+        for step in steps:
+            for rank, worker in enumerate(workers):
+                samples.append(worker.ledger(step, rank, world_size))
+                tokens.append(worker.batch(step, rank, world_size))
+                positions.append(worker.packed(step, rank, world_size).positions)
+    assert np.array_equal(np.concatenate(samples), np.concatenate([straight.ledger(s) for s in range(20)]))
+    assert np.array_equal(np.concatenate(tokens), np.concatenate([straight.batch(s) for s in range(20)]))
+    assert np.array_equal(np.concatenate(positions), np.concatenate([straight.packed(s).positions for s in range(20)]))
+    counted = np.bincount(np.concatenate(samples)[:, 0]).tolist()
+    assert counted == list(straight.samples(20).values())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -147,43 +177,60 @@ def test_packed_rows_never_mix_documents(corpus: Path, layout: Layout) -> None:
     for step in range(12):
         rows = loader.packed(step)
         assert np.array_equal(rows.tokens, loader.batch(step))
-        following = rows.targets
-        assert np.array_equal(rows.tokens[:, 1:][following], rows.tokens[:, :-1][following] + 1)
-        starts = document_of[rows.tokens[:, :-1]] == document_of[rows.tokens[:, 1:]]
-        assert starts[following].all()
-        assert (rows.documents > 0).any(axis=1).all()
+        before, after, targets = rows.tokens[:, :-1], rows.tokens[:, 1:], rows.targets
+        together = (document_of[before] == document_of[after]) & (after == before + 1)
+        assert np.array_equal(targets, together & rows.held[:, 1:])
+        slices = [loader.packed(step, rank, 3) for rank in range(3)]
+        assert np.array_equal(np.concatenate([s.positions for s in slices]), rows.positions)
+    every = loader.packed_rows(10**6)
+    assert np.array_equal(every.tokens, loader.rows(10**6))
+    assert every.held.any(axis=1).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_row_knows_the_documents_it_holds(corpus: Path, other: Path, layout: Layout) -> None:
+    loader = _mix({"a": corpus, "b": other}, Phase(weights={"a": 1, "b": 1}), layout=layout)
+    document_of = np.concatenate([np.repeat(np.arange(len(LENGTHS)), LENGTHS), np.repeat(-1, 10_000 - TOKENS)])
+    document_of = np.append(document_of, np.repeat(np.arange(4), [300, 20, 300, 280]))
+    for step in range(9):
+        rows, samples = loader.packed(step), loader.provenance(step)
+        assert [[("a", "b").index(s.source), s.epoch, s.row] for s in samples] == loader.ledger(step).tolist()
+        for tokens, held, sample in zip(rows.tokens, rows.held, samples, strict=True):
+            assert set(sample.documents) == set(document_of[tokens[held]].tolist())
 
 
 def test_each_layout_says_what_it_does_to_the_documents(corpus: Path) -> None:
     reports = {layout: _open(corpus, layout=layout, row_tokens=99).packing_reports()[""] for layout in LAYOUTS}
-    assert {layout: r.cut_documents for layout, r in reports.items()} == {"chunk": 4, "best-fit": 3, "document": 3}
-    assert reports["document"].dropped == 150 + 60 + 20
-    assert reports["best-fit"].dropped == 0
-    assert reports["best-fit"].utilisation > reports["document"].utilisation
+    assert {layout: r.cut_documents for layout, r in reports.items()} == {"concat": 4, "best_fit": 3, "one_document": 3}
+    assert reports["one_document"].dropped == 150 + 60 + 20
+    assert reports["best_fit"].dropped == 0
+    assert reports["best_fit"].utilisation > reports["one_document"].utilisation
 
 
 def test_an_index_that_was_kept_gives_the_same_rows(corpus: Path, tmp_path: Path) -> None:
-    first = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    first = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     batches = [first.batch(step) for step in range(9)]
     (kept,) = (tmp_path / "indexes").iterdir()
     written = kept.stat().st_mtime_ns
-    again = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    again = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     assert np.array_equal([again.batch(step) for step in range(9)], batches)
     kept.write_bytes(b"damaged")
-    mended = _open(corpus, layout="best-fit", indexes=tmp_path / "indexes")
+    mended = _open(corpus, layout="best_fit", indexes=tmp_path / "indexes")
     assert np.array_equal([mended.batch(step) for step in range(9)], batches)
     assert kept.stat().st_mtime_ns > written
 
 
-def _mix(corpora: dict[str, Path | ShardFiles], *phases: Phase, layout: Layout = "chunk") -> Loader:
-    return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=8, seed=1)
+def _mix(
+    corpora: Mapping[str, Path | ShardFiles], *phases: Phase, layout: Layout = "concat", batch_rows: int = 8
+) -> Loader:
+    return Loader.mix(corpora, phases, Rowing("train", 16, layout), batch_rows=batch_rows, seed=1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_mixture_gives_every_batch_its_share_and_changes_at_its_step(
     corpus: Path, other: Path, layout: Layout
 ) -> None:
-    phases = Phase(0, {"a": 3, "b": 1}), Phase(5, {"a": 0, "b": 1})
+    phases = Phase(weights={"a": 3, "b": 1}), Phase(from_step=5, weights={"a": 0, "b": 1})
     corpora: dict[str, Path | ShardFiles] = {"b": other, "a": corpus}
     loader = _mix(corpora, *phases, layout=layout)
     for step in range(10):
@@ -201,7 +248,7 @@ def test_a_mixture_gives_every_batch_its_share_and_changes_at_its_step(
 
 
 def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, other: Path) -> None:
-    loader = _mix({"a": corpus, "b": other}, Phase(0, {"a": 1, "b": 3}))
+    loader = _mix({"a": corpus, "b": other}, Phase(weights={"a": 1, "b": 3}))
     ledger = np.concatenate([loader.ledger(step) for step in range(60)])
     for number, source in enumerate((corpus, other)):
         rows = ledger[(ledger[:, 0] == number) & (ledger[:, 1] == 0), 2]
@@ -210,10 +257,10 @@ def test_a_mixture_visits_every_row_of_a_source_once_an_epoch(corpus: Path, othe
 
 def test_a_mixture_of_what_does_not_go_together_is_an_error(corpus: Path, other: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="allowed: a, c"):
-        _mix({"a": corpus, "c": other}, Phase(0, {"a": 1, "b": 1}))
+        _mix({"a": corpus, "c": other}, Phase(weights={"a": 1, "b": 1}))
     stranger = _write(tmp_path, np.arange(900, dtype=np.uint16), [900], contract="another")
     with pytest.raises(ContractError, match="corpora a and b were made with different tokenizers"):
-        _mix({"a": corpus, "b": stranger}, Phase(0, {"a": 1, "b": 1}))
+        _mix({"a": corpus, "b": stranger}, Phase(weights={"a": 1, "b": 1}))
 
 
 def _damage(path: Path) -> None:

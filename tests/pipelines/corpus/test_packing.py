@@ -7,16 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.corpus.packing import (
-    ChunkPacking,
+    ConcatPacking,
     IndexPacking,
     Ints,
     PackedRows,
     Packing,
+    Pieces,
     best_fit,
     best_fit_packing,
-    describe_rows,
+    describe_pieces,
+    describe_stream,
+    document_begins,
     document_packing,
-    split_at,
 )
 
 lengths_of_documents = st.lists(st.integers(1, 60), min_size=1, max_size=60)
@@ -27,39 +29,37 @@ def _offsets(lengths: list[int]) -> Ints:
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
 
-def _rows(packing: Packing, offsets: Ints) -> PackedRows:
-    """Every row of a stream whose token at place p is p; padding is -1."""
-    pieces = split_at(packing.pieces(np.arange(packing.rows)), offsets)
-    tokens = np.full((packing.rows, packing.row_tokens + 1), -1, dtype=np.int64)
-    for row, column, begin, length in zip(pieces.rows, pieces.columns, pieces.begins, pieces.lengths, strict=True):
-        assert (tokens[row, column : column + length] == -1).all()
-        tokens[row, column : column + length] = np.arange(begin, begin + length)
-    return describe_rows(tokens, pieces)
+def _rows(packing: Packing, offsets: Ints) -> tuple[Ints, PackedRows]:
+    """Every row of a stream: where in the stream each token lies (-1 is padding), and the rows."""
+    pieces = _pieces(packing, np.arange(packing.rows))
+    places = np.full(packing.rows * (packing.row_tokens + 1), -1, dtype=np.int64)
+    for place, begin, length in zip(pieces.places, pieces.begins, pieces.lengths, strict=True):
+        assert (places[place : place + length] == -1).all()
+        places[place : place + length] = np.arange(begin, begin + length)
+    places = places.reshape(packing.rows, -1)
+    if isinstance(packing, ConcatPacking):
+        return places, describe_stream(places, [document_begins(pieces, offsets)])
+    return places, describe_pieces(places, pieces)
 
 
-def _predicted(rows: PackedRows) -> list[int]:
-    """Places in the stream of all tokens that are a target."""
-    return sorted(rows.tokens[:, 1:][rows.targets].tolist())
+def _pieces(packing: Packing, rows: Ints) -> Pieces:
+    """The pieces of `rows`, one row after the other."""
+    return packing.pieces(rows, np.arange(len(rows)) * (packing.row_tokens + 1))
 
 
-def _check_boundaries(rows: PackedRows, offsets: Ints) -> None:
-    """Tokens share a number only within one document, positions count up from 0, and cu_seqlens says the same."""
-    document_of = np.searchsorted(offsets, rows.tokens, side="right") - 1
-    assert np.array_equal(rows.documents == 0, rows.tokens == -1)
-    same = rows.documents[:, 1:] == rows.documents[:, :-1]
-    held = rows.documents[:, 1:] > 0
-    assert np.array_equal(rows.tokens[:, 1:][same & held], rows.tokens[:, :-1][same & held] + 1)
-    assert np.array_equal(document_of[:, 1:][same & held], document_of[:, :-1][same & held])
-    assert np.array_equal(rows.positions[:, 1:][same & held], rows.positions[:, :-1][same & held] + 1)
-    assert not rows.positions[:, 1:][~same].any()
-    flat_documents, flat_rows = rows.documents[:, :-1].ravel(), np.arange(rows.documents[:, :-1].size)
+def _check_boundaries(places: Ints, rows: PackedRows, offsets: Ints) -> None:
+    """A position counts up exactly within one run of one document (or of padding), and cu_seqlens says the same."""
+    document_of = np.where(places < 0, -1, np.searchsorted(offsets, places, side="right") - 1)
+    following = places[:, 1:] == places[:, :-1] + (places[:, :-1] >= 0)
+    following &= document_of[:, 1:] == document_of[:, :-1]
+    assert np.array_equal(rows.held, places >= 0)
+    assert not rows.positions[:, 0].any()
+    assert np.array_equal(rows.positions[:, 1:], np.where(following, rows.positions[:, :-1] + 1, 0))
+    assert np.array_equal(rows.targets, following & rows.held[:, 1:])
     bounds = rows.cu_seqlens
-    assert bounds[0] == 0
-    assert bounds[-1] == flat_documents.size
-    for begin, end in itertools.pairwise(bounds):
-        assert end > begin
-        assert len(set(flat_documents[begin:end])) == 1
-        assert len(set(flat_rows[begin:end] // (rows.documents.shape[1] - 1))) == 1
+    assert (bounds[0], bounds[-1]) == (0, places[:, :-1].size)
+    sequences = np.split(rows.positions[:, :-1].ravel(), bounds[1:-1])
+    assert all(np.array_equal(sequence, np.arange(len(sequence))) for sequence in sequences)
 
 
 @given(lengths_of_documents, row_tokens)
@@ -67,9 +67,9 @@ def _check_boundaries(rows: PackedRows, offsets: Ints) -> None:
 def test_best_fit_predicts_every_token_but_the_first_of_a_document_once(lengths: list[int], row_tokens: int) -> None:
     offsets = _offsets(lengths)
     packing = best_fit_packing(offsets, row_tokens)
-    rows = _rows(packing, offsets)
-    _check_boundaries(rows, offsets)
-    assert _predicted(rows) == sorted(set(range(offsets[-1])) - set(offsets[:-1].tolist()))
+    places, rows = _rows(packing, offsets)
+    _check_boundaries(places, rows, offsets)
+    assert sorted(places[:, 1:][rows.targets].tolist()) == sorted(set(range(offsets[-1])) - set(offsets[:-1].tolist()))
 
 
 @given(lengths_of_documents, row_tokens)
@@ -77,7 +77,7 @@ def test_best_fit_predicts_every_token_but_the_first_of_a_document_once(lengths:
 def test_best_fit_never_cuts_a_document_that_fits_in_a_row(lengths: list[int], row_tokens: int) -> None:
     offsets = _offsets(lengths)
     packing = best_fit_packing(offsets, row_tokens)
-    pieces = packing.pieces(np.arange(packing.rows))
+    pieces = _pieces(packing, np.arange(packing.rows))
     whole = {(b, n) for b, n in zip(pieces.begins.tolist(), pieces.lengths.tolist(), strict=True)}
     for begin, length in zip(offsets[:-1].tolist(), lengths, strict=True):
         assert length > row_tokens + 1 or (begin, length) in whole
@@ -91,14 +91,14 @@ def test_best_fit_never_cuts_a_document_that_fits_in_a_row(lengths: list[int], r
 @settings(max_examples=100, deadline=None)
 def test_chunks_hold_the_stream_and_know_its_documents(lengths: list[int], row_tokens: int) -> None:
     offsets = _offsets([*lengths, row_tokens + 1])
-    packing = ChunkPacking(int(offsets[-1]), row_tokens)
-    rows = _rows(packing, offsets)
-    _check_boundaries(rows, offsets)
-    assert np.array_equal(rows.tokens, np.arange(packing.rows)[:, None] * row_tokens + np.arange(row_tokens + 1))
+    packing = ConcatPacking(int(offsets[-1]), row_tokens)
+    places, rows = _rows(packing, offsets)
+    _check_boundaries(places, rows, offsets)
+    assert np.array_equal(places, np.arange(packing.rows)[:, None] * row_tokens + np.arange(row_tokens + 1))
     report = packing.report(offsets)
     assert (report.padding, report.utilisation) == (0, 1.0)
-    assert report.dropped == offsets[-1] - len(np.unique(rows.tokens))
-    held = [set(row.tolist()) for row in rows.tokens]
+    assert report.dropped == offsets[-1] - len(np.unique(places))
+    held = [set(row.tolist()) for row in places]
     documents = [set(range(a, b)) for a, b in itertools.pairwise(offsets)]
     assert report.cut_documents == sum(not any(d <= h for h in held) for d in documents)
 
@@ -108,11 +108,11 @@ def test_chunks_hold_the_stream_and_know_its_documents(lengths: list[int], row_t
 def test_one_document_a_row_keeps_the_beginning_and_counts_the_rest(lengths: list[int], row_tokens: int) -> None:
     offsets = _offsets(lengths)
     packing = document_packing(offsets, row_tokens)
-    rows = _rows(packing, offsets)
-    _check_boundaries(rows, offsets)
+    places, rows = _rows(packing, offsets)
+    _check_boundaries(places, rows, offsets)
     assert packing.rows == len(lengths)
-    assert rows.tokens[:, 0].tolist() == offsets[:-1].tolist()
-    assert (rows.documents > 0).sum(axis=1).tolist() == [min(n, row_tokens + 1) for n in lengths]
+    assert places[:, 0].tolist() == offsets[:-1].tolist()
+    assert rows.held.sum(axis=1).tolist() == [min(n, row_tokens + 1) for n in lengths]
     report = packing.report(offsets)
     assert report.dropped == sum(max(0, n - row_tokens - 1) for n in lengths)
     assert report.truncation == sum(n > row_tokens + 1 for n in lengths) / len(lengths)
@@ -143,7 +143,7 @@ def test_a_written_index_is_the_same_and_a_damaged_one_is_refused(tmp_path: Path
     packing.write(path)
     again = IndexPacking.open(path, 16)
     assert again is not None
-    assert np.array_equal(_rows(again, offsets).tokens, _rows(packing, offsets).tokens)
+    assert np.array_equal(_rows(again, offsets)[0], _rows(packing, offsets)[0])
     content = path.read_bytes()
     damaged = bytearray(content)
     damaged[content.index(2 * (17).to_bytes(8, "little"))] ^= 1  # the lengths of two full pieces
@@ -157,10 +157,10 @@ def test_a_written_index_is_the_same_and_a_damaged_one_is_refused(tmp_path: Path
 def test_rows_can_be_asked_for_in_any_order(rows: list[int]) -> None:
     offsets = _offsets([9, 4, 4, 3, 20, 2])
     packing = best_fit_packing(offsets, 8)
-    every = _rows(packing, offsets)
-    pieces = packing.pieces(np.array(rows))
+    every, _ = _rows(packing, offsets)
+    pieces = _pieces(packing, np.array(rows))
     for number, row in enumerate(rows):
-        mine = pieces.rows == number
+        mine = pieces.places // 9 == number
         held = [t for b, n in zip(pieces.begins[mine], pieces.lengths[mine], strict=True) for t in range(b, b + n)]
-        assert held == every.tokens[row][every.tokens[row] >= 0].tolist()
-        assert pieces.columns[mine].tolist()[0] == 0
+        assert held == every[row][every[row] >= 0].tolist()
+        assert pieces.places[mine].tolist()[0] == 9 * number

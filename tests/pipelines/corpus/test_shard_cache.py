@@ -10,7 +10,8 @@ import pytest
 from corpus_files import document_batch, write_corpus
 
 from configs.errors import ArtifactError, ConfigError, CorruptArtifactError, DataError, StorageError
-from pipelines.corpus.loader import Loader
+from configs.schema.data import Phase
+from pipelines.corpus.loader import Loader, Rowing
 from pipelines.corpus.shard_cache import ShardCache
 from pipelines.corpus.shards import CorpusIndex
 
@@ -73,6 +74,31 @@ def test_damage_in_the_store_itself_stops_with_offset_and_digests(bucket: Path, 
     wanted = CorpusIndex.load(bucket / "demo@1").splits["train"].shards[4].blocks[0]
     with pytest.raises(CorruptArtifactError, match=rf"train-00004\.arrow .* is damaged at byte 0.*xxh3 {wanted}"):
         _open(_cache(bucket, tmp_path / "cache")).rows(10**6)
+
+
+def test_a_mixture_of_packed_remote_corpora_gives_what_local_ones_do(bucket: Path, tmp_path: Path) -> None:
+    """One of them in another place too, whose copies are damaged on the way; the cache holds but three shards."""
+    shutil.copytree(bucket, tmp_path / "elsewhere")
+    shard = (bucket / "demo@1/shards/train-00000.arrow").stat().st_size
+    phases, rowing = [Phase(weights={"a": 2, "b": 1})], Rowing("train", 64, "best_fit")
+    places = {"a": bucket, "b": tmp_path / "elsewhere"}
+
+    def opened(remote: bool) -> Loader:
+        corpora = {
+            name: _cache(place, tmp_path / "cache", 3 * shard) if remote else place / "demo@1"
+            for name, place in places.items()
+        }
+        return Loader.mix(corpora, phases, rowing, batch_rows=6, seed=3)
+
+    local, remote = opened(False), opened(True)
+    for step in range(30):
+        assert np.array_equal(remote.packed(step).tokens, local.packed(step).tokens)
+        assert _held(tmp_path / "cache") <= 3 * shard
+        if step % 5 == 0:
+            for path in (tmp_path / "cache").iterdir():
+                size = path.stat().st_size
+                path.unlink()  # who reads it still holds the copy that was checked
+                path.write_bytes(b"?" * size)
 
 
 def test_two_loaders_share_copies(bucket: Path, tmp_path: Path) -> None:

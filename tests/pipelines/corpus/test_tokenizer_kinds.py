@@ -5,12 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from actors.text import Text
 from configs.errors import ContractError
 from configs.schema.corpus import SourceConfig, TokenizerConfig
+from pipelines.corpus import words
 from pipelines.corpus.encode import Encoder, choose_backend
 from pipelines.corpus.tokenizer import SPECIAL_TOKENS, UNKNOWN
 from pipelines.stage import StageContext
@@ -45,6 +48,11 @@ def make(
 @pytest.fixture(scope="module", params=OTHERS)
 def folder(request: pytest.FixtureRequest, make: Callable[[str], Path]) -> Path:
     return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> Encoder:
+    return Encoder.load(folder, "words")
 
 
 def test_it_has_the_special_tokens_and_opens_in_transformers(folder: Path) -> None:
@@ -88,10 +96,44 @@ def test_no_text_becomes_a_special_token(folder: Path) -> None:
     assert [i for i in text.render_chat(MESSAGES) if i < 5] == [2, 4, 3, 4, 3]
 
 
-def test_a_document_is_encoded_by_tokenizers_and_unknown_characters_are_counted(folder: Path) -> None:
+@given(
+    text=st.text(st.sampled_from(" \n\t.,#'_(def é\u0301\u00a0\u2028漢Ⅷ٣x²") | st.characters(exclude_categories=["Cs"]))
+)
+@settings(max_examples=300, deadline=None)
+def test_words_that_are_remembered_have_the_ids_that_tokenizers_gives(encoder: Encoder, text: str) -> None:
+    assert encoder.encode(text).tolist() == encoder.encode_exactly(text).tolist()
+
+
+def test_every_character_splits_words_as_it_does_in_tokenizers(encoder: Encoder) -> None:
+    for first in range(0, 0x3000, 64):
+        for text in ("".join(f"a{chr(c)}b 1{chr(c)} {chr(c)}\n{chr(c)}{chr(c)}" for c in range(first, first + 64)),):
+            assert encoder.agrees(text), hex(first)
+
+
+def test_a_long_text_has_the_same_ids_also_once_the_words_are_forgotten(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(words, "_KEPT", 50)
+    text = Path(words.__file__).read_text() * 2
+    assert encoder.agrees(text)
+    assert encoder.agrees(text[::-1])
+
+
+def test_a_tokenizer_that_reads_text_in_another_way_is_not_encoded_by_the_word(folder: Path, tmp_path: Path) -> None:
+    for part, value in (("normalizer", {"type": "Lowercase"}), ("pre_tokenizer", {"type": "WhitespaceSplit"})):
+        for path in folder.iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        description = json.loads((folder / "tokenizer.json").read_bytes())
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**description, part: value}))
+        backend, reason = choose_backend(tmp_path, ["A b"])
+        assert backend == "tokenizers"
+        assert "gigatoken" in reason
+
+
+def test_a_document_is_encoded_by_the_word_and_unknown_characters_are_counted(folder: Path) -> None:
     backend, reason = choose_backend(folder, ["a b"])
-    assert backend == "tokenizers"
-    assert "gigatoken" in reason
+    assert backend == "words"
+    assert "ids equal to those of tokenizers" in reason
     assert 5 in Encoder.load(folder, backend).encode("漢字")
     report = json.loads((folder / "report.json").read_bytes())
     assert report["vocab_size"] <= 700

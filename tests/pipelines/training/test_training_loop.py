@@ -43,8 +43,8 @@ class Noise:
         share = self._rows // world_size
         return Rows(rows.tokens[rank * share :][:share], rows.targets[rank * share :][:share])
 
-    def validation(self) -> Rows:
-        return self._make(1_000_000, 5)
+    def validation(self) -> Mapping[str, Rows]:
+        return {"": self._make(1_000_000, 5)}
 
     def loss(self, model: nn.Module, rows: Rows) -> torch.Tensor:
         return token_loss(model, rows)

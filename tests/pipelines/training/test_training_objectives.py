@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from configs.schema.model import ModelConfig
 from pipelines.corpus.tokenizer import END_OF_TURN, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 from pipelines.training.cross_entropy import linear_cross_entropy
 from pipelines.training.metrics import Follower, MetricsFile, read_metrics
-from pipelines.training.models import build_model, save_model
-from pipelines.training.objectives import SupervisedPairs, padded_rows, token_loss
+from pipelines.training.models import build_model, hidden_states, save_model
+from pipelines.training.objectives import Rows, SupervisedPairs, padded_rows, token_loss
 from pipelines.training.pairs import PairRows, render_pairs
 
 PAIRS = [("What is it?", "A test."), ("Say one word, and say it slowly.", "Word"), ("a", "b c d"), ("long " * 60, "x")]
@@ -65,6 +66,43 @@ def test_prompt_and_padding_tokens_do_not_change_the_targets_of_other_rows(pairs
     together = token_loss(model, padded_rows(pairs, range(3)))
     apart = sum(token_loss(model, padded_rows(pairs, [i])) for i in range(3))
     torch.testing.assert_close(together, apart)
+
+
+def test_a_document_in_a_packed_row_is_to_the_model_what_it_is_alone() -> None:
+    """Hidden states, loss and gradients; rows of several documents, of one, and with padding."""
+    config = ModelConfig(hidden_size=32, layers=2, heads=2, context_length=64)
+    model = build_model(config, vocab_size=300, eos_token_id=0, seed=1)
+    documents = [torch.randint(1, 300, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 17, 7, 1, 31, 12)]
+    rows_of = [documents[:4], documents[4:5], documents[5:]]
+    tokens, positions = torch.zeros((2, 3, 35), dtype=torch.int64)
+    targets = torch.zeros((3, 34), dtype=torch.bool)
+    for row, held in enumerate(rows_of):
+        lengths = [len(d) for d in held]
+        lengths.append(35 - sum(lengths))
+        tokens[row, : sum(lengths[:-1])] = torch.cat(held)
+        positions[row] = torch.cat([torch.arange(n) for n in lengths])
+        targets[row, : sum(lengths[:-1]) - 1] = positions[row, 1 : sum(lengths[:-1])] > 0
+    packed = Rows(tokens, targets, positions[:, :-1])
+
+    states = hidden_states(model, tokens[:, :-1], packed.position_ids)
+    for row, held in enumerate(rows_of):
+        begin = 0
+        for document in held:
+            alone = hidden_states(model, document[None])
+            torch.testing.assert_close(states[row, begin : begin + len(document)], alone[0], rtol=1e-4, atol=1e-5)
+            begin += len(document)
+    mixed = hidden_states(model, tokens[:, :-1])
+    assert not torch.allclose(mixed[0, 9:], states[0, 9:], atol=1e-2)
+
+    def gradients(losses: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(sum(losses, torch.zeros(())), list(model.parameters())))
+
+    alone_rows = [Rows(d[None], torch.ones((1, len(d) - 1), dtype=torch.bool)) for d in documents if len(d) > 1]
+    torch.testing.assert_close(
+        gradients(token_loss(model, packed.part(row, row + 1)) for row in range(3)),
+        gradients(token_loss(model, rows) for rows in alone_rows),
+        rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
 
 
 def test_every_pair_comes_once_an_epoch_whatever_the_number_of_ranks(pairs: PairRows) -> None:

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from actors.store.artifacts import Artifact, ArtifactStore
 from actors.store.tracker import JsonLinesTracker
 from configs.schema.project import Recipe
+from configs.schema.training import PretrainConfig
 from pipelines.runner import Runner, RunReport
 from pipelines.stage import Progress
 from pipelines.stages.corpus import CorpusStage
 from pipelines.stages.finetune import FinetuneStage
 from pipelines.stages.instructions import InstructionsStage
-from pipelines.stages.pretrain import PretrainStage
+from pipelines.stages.pretrain import PretrainStage, open_split
 from pipelines.stages.tokenizer import TokenizerStage
 
 pytestmark = pytest.mark.ray
@@ -81,11 +82,11 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def run(home: Path, observer: Watcher) -> tuple[RunReport, ArtifactStore]:
+def run(home: Path, observer: Watcher, stages: dict[str, dict[str, Any]] = STAGES) -> tuple[RunReport, ArtifactStore]:
     store = ArtifactStore(home / "artifacts")
     kinds = (TokenizerStage(), CorpusStage(), InstructionsStage(), PretrainStage(), FinetuneStage())
     tracker = JsonLinesTracker(home / "tracking")
-    recipe = Recipe.model_validate({"name": "tiny", "stages": STAGES})
+    recipe = Recipe.model_validate({"name": "tiny", "stages": stages})
     report = Runner(recipe, store, tracker, home, {stage.kind: stage for stage in kinds}, observer).run()
     tracker.close(5.0)
     return report, store
@@ -127,3 +128,46 @@ def check_model_folder(artifact: Artifact) -> None:
     assert len(chat["input_ids"]) > 2
     for name in ("contract.json", "README.md", "loss.png"):
         assert (artifact.path / name).stat().st_size > 100
+
+
+@pytest.mark.timeout(240)
+def test_a_recipe_trains_on_a_mixture_of_best_fit_packed_corpora(cluster: None, tmp_path: Path) -> None:
+    steps, change = 12, 8
+    phases = [{"weights": {"web": 3, "mail": 1}}, {"from_step": change, "weights": {"web": 1, "mail": 1}}]
+    stages = {
+        "tokenizer": STAGES["tokenizer"],
+        "web": {**STAGES["corpus"], "kind": "corpus", "source": {**SOURCE, "include": ["asyncio/*.py"]}},
+        "mail": {**STAGES["corpus"], "kind": "corpus", "source": {**SOURCE, "include": ["email/*.py"]}},
+        "pretrain": {
+            **STAGES["pretrain"],
+            "corpus": {"web": "web", "mail": "mail"},
+            "data": {"packing": "best_fit", "mixture": phases},
+            "training": {**TRAINING, "steps": steps, "eval_every_steps": 6, "eval_rows": 8},
+        },
+    }
+    report, store = run(tmp_path, Watcher(1000, interrupt), stages)
+    outcome = report.outcomes[-1]
+    assert outcome.ref
+    model = store.get(outcome.ref)
+    check_model_folder(model)
+    assert set(model.manifest.inputs) == {"corpus.web", "corpus.mail"}
+
+    summary, rows = outcome.summary, STAGES["pretrain"]["training"]["batch_rows"]
+    described = summary["data"]["corpora"]
+    assert {name: one["samples"] for name, one in described.items()} == {
+        "web": rows * (change * 3 // 4 + (steps - change) // 2), "mail": rows * (change // 4 + (steps - change) // 2),
+    }  # fmt: skip
+    for one in described.values():
+        assert 0.9 < one["utilisation"] <= 1
+        assert 0 < one["truncation"] <= 1
+        assert one["dropped_tokens"] == 0
+    losses = [summary["validation_loss/web"], summary["validation_loss/mail"]]
+    assert min(losses) < summary["validation_loss"] < max(losses)
+    assert summary["validation_loss"] < summary["first_loss"]
+
+    config = Recipe.model_validate({"name": "tiny", "stages": stages}).stages["pretrain"]
+    assert isinstance(config, PretrainConfig)
+    folders = {name: store.get(f"corpus/tiny-{name}@1").path for name in ("web", "mail")}
+    ledger = open_split("train", folders, config, tmp_path / "indexes").ledger
+    shares = [(ledger(step)[:, 0] == 0).sum() for step in range(steps)]
+    assert shares == [rows * 3 // 4] * change + [rows // 2] * (steps - change)

@@ -1,0 +1,72 @@
+"""What a model was made from, and what it may therefore not be scored on.
+
+A corpus artifact records, for every evaluation set it was checked against, how many training documents hold passages of
+it (`pipelines.corpus.contamination`). A model is scored on a set only if none of the corpora in its lineage is known to
+hold some. A corpus that was never checked against the set is no reason to refuse, but it is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from actors.store.artifacts import Artifact, ArtifactStore
+from configs.artifacts import Manifest, Ref
+from configs.errors import ArtifactError, DataError
+from pipelines.corpus.contamination import HELD_OUT, held_out_pairs, set_digest
+from pipelines.corpus.shards import CorpusIndex
+
+Known = Literal["clean", "not checked", "removed"]
+"""What is known of a corpus and a set: checked and without overlap; nothing; the corpus is no longer in the store."""
+
+
+def ancestors(manifests: Sequence[Manifest], store: ArtifactStore) -> Iterator[tuple[str, str, Manifest | None]]:
+    """Reference, digest and manifest of `manifests` and of all they were made from; no manifest of what was removed."""
+    seen: set[str] = set()
+    pending = list(manifests)
+    while pending:
+        manifest = pending.pop()
+        if manifest.digest in seen:
+            continue
+        seen.add(manifest.digest)
+        yield str(manifest.ref), manifest.digest, manifest
+        for record in manifest.inputs.values():
+            try:
+                found = store.get(record.ref, verify=False).manifest
+            except ArtifactError:  # what was made from it still says which it was
+                yield record.ref, record.digest, None
+            else:
+                pending.append(found)
+
+
+def check_overlaps(models: Mapping[str, Artifact], data: Artifact, store: ArtifactStore) -> dict[str, dict[str, Known]]:
+    """What is known, by model and corpus in its lineage, of overlaps with the held-out pairs of `data`.
+
+    Raises:
+        DataError: a model learned from a corpus that holds some.
+    """
+    wanted = set_digest(held_out_pairs(data.path / HELD_OUT))
+    found: dict[str, dict[str, Known]] = {}
+    for label, model in models.items():
+        found[label] = {}
+        for ref, _, manifest in ancestors([model.manifest], store):
+            if Ref.parse(ref).kind == "corpus":
+                gone = manifest is None
+                found[label][ref] = (
+                    "removed" if gone else _check(f"models.{label}", store.get(ref, verify=False), data, wanted)
+                )
+    return found
+
+
+def _check(model: str, corpus: Artifact, data: Artifact, wanted: str) -> Known:
+    checked = {name: one for name, one in CorpusIndex.load(corpus.path).checked.items() if one.digest == wanted}
+    for name, one in checked.items():
+        if one.kept:
+            raise DataError(
+                f"{model} may not be scored on {data.ref}: it learned from {corpus.ref}, in which {one.kept} documents "
+                f"hold passages of the evaluation set {name}",
+                received=f"{one.kept} overlapping documents kept, {one.dropped} dropped",
+                allowed="a model whose corpora hold no overlap with what it is scored on",
+                next_step="set contamination.action of the corpus to drop and train again, or score it on other data",
+            )
+    return "clean" if checked else "not checked"
