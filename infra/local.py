@@ -23,7 +23,7 @@ import psutil
 
 from configs.errors import GanymedeError, InputError, StorageError
 from infra.platform import running_platform
-from infra.reaper import watch_children
+from infra.reaper import mark_children, watch_children
 
 QUIET: Mapping[str, str] = {
     # usage statistics and telemetry
@@ -172,6 +172,7 @@ def _connect(home: Path) -> Cluster:
     platform = running_platform(home)
     if platform is not None:
         return Cluster(_init(home, platform.ray_address), embedded=False)
+    mark_children()
     return Cluster(_init(home, "local"), embedded=True)
 
 
