@@ -1,19 +1,20 @@
 """Ends what an embedded Ray leaves behind when its driver is killed.
 
-The kernel ends Ray's servers with the driver, but Ray's two node agents are grandchildren: they notice by themselves
-and then try for a minute to report it to a control store that is gone (measured: both alive 30 s after `kill -9`); so
-does a worker that was just starting. All that Ray starts inherits a mark in its environment. The watcher is a process
-that sleeps until the driver's end of a pipe closes, however that happens, and ends what still bears the mark.
+The kernel ends Ray's servers with the driver, and workers end when they lose their server. Two kinds stay: Ray's node
+agents, which try for a minute to report it to a control store that is gone (measured: both alive 30 s after `kill -9`),
+and workers that were just starting. The agents are there from the beginning; a starting worker is known by a mark in
+its environment, which it loses when Ray gives it a title. The watcher is a process that sleeps until the driver's end
+of a pipe closes, however that happens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 
 import psutil
 
@@ -28,32 +29,48 @@ def mark_children() -> None:
 
 
 def watch_children() -> subprocess.Popen[str]:
-    """Starts the watcher over everything that bears the mark; closing its `stdin` lets it finish and end."""
-    kept = {name: value for name, value in os.environ.items() if name != MARK}
-    return subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import main; main({os.environ[MARK]!r}, {os.getpid()})"],
-        env=kept,
+    """Starts the watcher over everything below this process; closing its `stdin` lets it finish and end."""
+    family = [(p.pid, p.create_time()) for p in psutil.Process().children(recursive=True)]
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import main; main({os.environ[MARK]!r})"],
+        env={name: value for name, value in os.environ.items() if name != MARK},
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         text=True,
     )
+    if watcher.stdin is not None:
+        watcher.stdin.write(json.dumps({"driver": os.getpid(), "family": family}) + "\n")
+        watcher.stdin.flush()
+    return watcher
 
 
-def main(mark: str, driver: int) -> None:
-    """Waits for the end of standard input, then ends what bears the mark and still lives, except the driver."""
+def main(mark: str) -> None:
+    """Waits for the end of standard input, then ends what still lives of the driver's family; not the driver."""
+    told = json.loads(sys.stdin.readline())
     sys.stdin.read()
-    living = [process for process in _marked(mark) if process.pid != driver]
-    _, late = psutil.wait_procs(living, timeout=GRACE_SECONDS)
-    # A server of Ray that lived a moment longer may have started one more worker.
-    for process in {*late, *(process for process in _marked(mark) if process.pid != driver)}:
+    living = {p for pid, started in told["family"] if (p := _find(int(pid), float(started))) is not None}
+    _, late = psutil.wait_procs(living | _marked(mark, told["driver"]), timeout=GRACE_SECONDS)
+    # A server that lived a moment longer may have started one more worker.
+    for process in {*late, *_marked(mark, told["driver"])}:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
+def _find(pid: int, started: float) -> psutil.Process | None:
+    """The process, unless it has ended; a reused id is not taken for it."""
+    try:
+        process = psutil.Process(pid)
+        return process if process.create_time() == started else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _marked(mark: str, driver: int) -> set[psutil.Process]:
+    found = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark:
-                yield process
+            if process.pid != driver and process.environ().get(MARK) == mark:
+                found.add(process)
+    return found
