@@ -9,8 +9,10 @@ from typing import Any
 
 from infra.deploy import DeployStage
 from pipelines.stage import Stage
+from pipelines.stages.baseline import BaselineStage
 from pipelines.stages.corpus import CorpusStage
 from pipelines.stages.evaluate import EvaluateStage
+from pipelines.stages.examples import ExamplesStage
 from pipelines.stages.finetune import FinetuneStage
 from pipelines.stages.instructions import InstructionsStage
 from pipelines.stages.pretrain import PretrainStage
@@ -23,6 +25,8 @@ STAGES: dict[str, Stage[Any]] = {
         TokenizerStage(),
         CorpusStage(),
         InstructionsStage(),
+        ExamplesStage(),
+        BaselineStage(),
         PretrainStage(),
         FinetuneStage(),
         EvaluateStage(),

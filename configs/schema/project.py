@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from configs.schema.base import Config, references
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
 from configs.schema.evaluation import EvaluateConfig, RegisterConfig
+from configs.schema.examples import BaselineConfig, ExamplesConfig
 from configs.schema.serving import DeployConfig
 from configs.schema.training import FinetuneConfig, PretrainConfig
 
@@ -18,6 +19,8 @@ StageConfig = Annotated[
     TokenizerConfig
     | CorpusConfig
     | InstructionsConfig
+    | ExamplesConfig
+    | BaselineConfig
     | PretrainConfig
     | FinetuneConfig
     | EvaluateConfig
