@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from configs.errors import ContractError
 from pipelines.corpus.loader import Loader
-from pipelines.training.labelled import Ints, LabelledObjective, LabelledRows, pad_rows
+from pipelines.training.labelled import Ints, LabelledObjective, LabelledRows, pad_rows, predict_targets
 from pipelines.training.objectives import name_samples
-from pipelines.training.tasks import predict_targets
 
 Style = Literal["spans", "whole"]
 

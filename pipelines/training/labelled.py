@@ -108,6 +108,21 @@ class LabelledObjective(ABC):
         return {"validation_loss": loss / count, "validation_accuracy": right / count}
 
 
+def predict_targets(model: nn.Module, rows: LabelledRows) -> tuple[Tensor, Tensor]:
+    """Logits of an encoder-decoder at each target token, given the source and the targets before it; and the targets.
+
+    See `LabelledObjective.predict`.
+    """
+    wanted = rows.labels != IGNORED
+    logits = model(
+        input_ids=rows.tokens,
+        attention_mask=rows.visible.long(),
+        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(rows.labels),
+        use_cache=False,
+    ).logits
+    return logits[wanted], rows.labels[wanted]
+
+
 def pad_rows(tokens: Sequence[Ints], labels: Sequence[Ints], *, pad: int, written: bool = False) -> LabelledRows:
     """Rows and their labels, filled up to the longest, rounded up to a bucket."""
     visible = _filled([np.ones_like(row) for row in tokens], 0).bool()

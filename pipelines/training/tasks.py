@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from seqeval.metrics.sequence_labeling import get_entities
 from torch import Tensor, nn
 
 from pipelines.training.examples import ExampleRows
-from pipelines.training.labelled import IGNORED, LabelledObjective, LabelledRows, pad_rows
+from pipelines.training.labelled import IGNORED, LabelledObjective, LabelledRows, pad_rows, predict_targets
 from pipelines.training.ordering import Epochs
 
 
@@ -107,6 +106,9 @@ class Tagging(ExampleObjective):
         }
 
     def _spans(self, ids: Tensor, lengths: Sequence[int]) -> set[tuple[int, str, int, int]]:
+        # Here and not above: it takes 3 s to import, which every worker of every other objective would spend.
+        from seqeval.metrics.sequence_labeling import get_entities
+
         rows = ids.split(list(lengths))
         tags = ([self.labels[i] for i in row.tolist()] for row in rows)
         return {(number, *span) for number, row in enumerate(tags) for span in get_entities(row)}
@@ -120,18 +122,3 @@ class Sequences(ExampleObjective):
     def predict(self, model: nn.Module, rows: LabelledRows) -> tuple[Tensor, Tensor]:
         """See `LabelledObjective`."""
         return predict_targets(model, rows)
-
-
-def predict_targets(model: nn.Module, rows: LabelledRows) -> tuple[Tensor, Tensor]:
-    """Logits of an encoder-decoder at each target token, given the source and the targets before it; and the targets.
-
-    See `LabelledObjective.predict`.
-    """
-    wanted = rows.labels != IGNORED
-    logits = model(
-        input_ids=rows.tokens,
-        attention_mask=rows.visible.long(),
-        decoder_input_ids=model.prepare_decoder_input_ids_from_labels(rows.labels),
-        use_cache=False,
-    ).logits
-    return logits[wanted], rows.labels[wanted]

@@ -62,7 +62,9 @@ def publish(task: Task, text_from: Path) -> tuple[dict[str, Any], Path]:
         name="finetune", work=task.work, out=out, run=NoTracker().run("k", "n"), progress=lambda progress: None,
         check_lease=lambda: None, store=ArtifactStore(task.work / "store"), home=task.work, acted={},
     )  # fmt: skip
-    publication = Publication("Tiny", "causal", text_from, eos_token_ids=(4, 0), pad_token_id=0, facts={"Data": "pairs"})
+    publication = Publication(
+        "Tiny", "causal", text_from, eos_token_ids=(4, 0), pad_token_id=0, facts={"Data": "pairs"}
+    )
     return write_model(publication, untrained(), task.config, context), out
 
 
