@@ -10,6 +10,7 @@ from typing import Any
 from infra.deploy import DeployStage
 from pipelines.stage import Stage
 from pipelines.stages.baseline import BaselineStage
+from pipelines.stages.compare import CompareStage
 from pipelines.stages.corpus import CorpusStage
 from pipelines.stages.evaluate import EvaluateStage
 from pipelines.stages.examples import ExamplesStage
@@ -30,6 +31,7 @@ STAGES: dict[str, Stage[Any]] = {
         PretrainStage(),
         FinetuneStage(),
         EvaluateStage(),
+        CompareStage(),
         RegisterStage(),
         DeployStage(),
     )

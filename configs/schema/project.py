@@ -7,6 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from configs.schema.base import Config, references
+from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
 from configs.schema.evaluation import EvaluateConfig, RegisterConfig
 from configs.schema.examples import BaselineConfig, ExamplesConfig
@@ -24,6 +25,7 @@ StageConfig = Annotated[
     | PretrainConfig
     | FinetuneConfig
     | EvaluateConfig
+    | CompareConfig
     | RegisterConfig
     | DeployConfig,
     Field(discriminator="kind"),

@@ -59,6 +59,12 @@ _FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
     ),
     "pretrain": _TRAINING,
     "finetune": _TRAINING,
+    "compare": (
+        (
+            "models",
+            lambda models: "; ".join(f"{name}: perplexity {figure(m['perplexity'])}" for name, m in models.items()),
+        ),
+    ),
     "evaluate": (("pairs", _sum("answers a model")),),
     "register": (
         ("name", lambda value: str(value)),

@@ -27,6 +27,9 @@ _TEXT_FILES = (
 )  # fmt: skip
 
 
+CURVE = "curve.json"
+"""The figures of every logged step that do not depend on the clock."""
+_TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction")
 _HUB_TAGS: dict[Head, str] = {
     "causal": "text-generation",
     "masked": "fill-mask",
@@ -69,6 +72,8 @@ def write_model(
             shutil.copyfile(publication.text_from / name, context.out / name)
     lines = [line for line in read_metrics(context.work / FILE) if "step" in line]
     draw_curve(lines, context.out / "loss.png", title=publication.title)
+    curve = [{name: value for name, value in line.items() if name not in _TIMED} for line in lines]
+    (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
     scored = [line for line in lines if "validation_loss" in line]
     facts = {
