@@ -59,6 +59,7 @@ def test_a_recipe_runs_from_its_data_to_its_scores(tmp_path: Path, recipe: str) 
         assert 0.0 <= outcomes[stage][figure] <= 100.0
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_recipe_whose_data_is_not_there_says_so_in_one_line(tmp_path: Path) -> None:
     done = run(tmp_path / "home", "translation", None)
