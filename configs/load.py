@@ -186,7 +186,7 @@ def _problem(item: dict[str, Any]) -> tuple[str, Any, str | None]:
     kind, context = item["type"], item.get("ctx", {})
     key = ".".join(path) or "the recipe"
     if kind == "extra_forbidden":
-        known = sorted(holder.model_fields) if holder else []
+        known = sorted(field.alias or name for name, field in holder.model_fields.items()) if holder else []
         return f"{key}: unknown key{suggestion(path[-1], known)}", _shown(item["input"]), f"keys {', '.join(known)}"
     if kind == "missing":
         return f"{key} is missing", None, "a value; it has no default"

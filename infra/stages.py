@@ -16,9 +16,12 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "tokenizer": ("pipelines.stages.tokenizer", "TokenizerStage"),
     "corpus": ("pipelines.stages.corpus", "CorpusStage"),
     "instructions": ("pipelines.stages.instructions", "InstructionsStage"),
+    "examples": ("pipelines.stages.examples", "ExamplesStage"),
+    "baseline": ("pipelines.stages.baseline", "BaselineStage"),
     "pretrain": ("pipelines.stages.pretrain", "PretrainStage"),
     "finetune": ("pipelines.stages.finetune", "FinetuneStage"),
     "evaluate": ("pipelines.stages.evaluate", "EvaluateStage"),
+    "compare": ("pipelines.stages.compare", "CompareStage"),
     "register": ("pipelines.stages.register", "RegisterStage"),
     "deploy": ("infra.deploy", "DeployStage"),
 }

@@ -8,11 +8,12 @@ published artifact (`kind/name@version`); the graph of a recipe is read off thes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 
 class Config(BaseModel):
@@ -24,6 +25,9 @@ class Config(BaseModel):
 @dataclass(frozen=True)
 class InputMarker:
     """Marks a field as a reference to a stage or an artifact."""
+
+    unless: Callable[[str], bool] = lambda reference: False
+    """Values that are no reference; the stage says in `sources` what they stand for."""
 
 
 Input = Annotated[str, InputMarker(), Field(min_length=1)]
@@ -41,7 +45,7 @@ def content_literals(config: BaseModel) -> dict[str, Any]:
         extra = info.json_schema_extra
         if isinstance(extra, dict) and extra.get("placement"):
             continue
-        if any(isinstance(m, InputMarker) for m in info.metadata) or _holds_references(info.annotation):
+        if _marker(info) is not None:
             continue
         result[name] = _literal(getattr(config, name))
     return result
@@ -57,22 +61,31 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def _holds_references(annotation: Any) -> bool:
-    """True for `dict[str, Input]`, `Input | None` and the like."""
-    if any(isinstance(m, InputMarker) for m in getattr(annotation, "__metadata__", ())):
-        return True
-    return any(_holds_references(arg) for arg in getattr(annotation, "__args__", ()))
+def _marker(info: FieldInfo) -> InputMarker | None:
+    """The mark of a field that is a reference, or holds some: `dict[str, Input]`, `Input | None` and the like."""
+    return next((m for m in info.metadata if isinstance(m, InputMarker)), None) or _inner_marker(info.annotation)
+
+
+def _inner_marker(annotation: Any) -> InputMarker | None:
+    own = (m for m in getattr(annotation, "__metadata__", ()) if isinstance(m, InputMarker))
+    inner = (_inner_marker(arg) for arg in getattr(annotation, "__args__", ()))
+    return next(own, None) or next((marker for marker in inner if marker is not None), None)
 
 
 def references(config: BaseModel) -> Iterator[tuple[str, str]]:
-    """The inputs a stage config names, as (role, reference); a dict of inputs gives `field.key` roles."""
+    """The inputs a stage config names, as (role, reference).
+
+    A dict of inputs gives `field.key` roles, a field of a config within the config `field.field`.
+    """
     for name, info in type(config).model_fields.items():
-        value = getattr(config, name)
+        value, role = getattr(config, name), info.alias or name
+        marker = _marker(info)
         if value is None:
             continue
-        if any(isinstance(m, InputMarker) for m in info.metadata):
-            yield name, value
-        elif _holds_references(info.annotation):
+        if isinstance(value, BaseModel):
+            yield from ((f"{role}.{inner}", reference) for inner, reference in references(value))
+        elif marker is not None:
             items = value.items() if isinstance(value, dict) else [(None, value)]
             for key, reference in items:
-                yield (name if key is None else f"{name}.{key}"), reference
+                if not marker.unless(reference):
+                    yield (role if key is None else f"{role}.{key}"), reference

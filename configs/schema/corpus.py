@@ -79,7 +79,7 @@ class SourceConfig(Config):
 
     path: str = placement(...)
     """A file, folder or glob, local or as a URI (`s3://`, `gs://`, `file://`, `hf://datasets/owner/name`);
-    `python:stdlib` is the standard library of the running interpreter."""
+    `python:stdlib` is the standard library of the running interpreter, `data:x` is `x` below $GANYMEDE_DATA."""
     include: tuple[str, ...] | None = None
     """Glob patterns on the path relative to `path`; a file must match one. Unset: `*.py` for `python:stdlib`, else
     every file of which no part of the path begins with a dot."""
@@ -129,6 +129,8 @@ class TokenizerConfig(Config):
     """`bpe` works on bytes and knows every text; `word` has a token for each of the most frequent words."""
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
     """Entries in the vocabulary, what the algorithm begins with and the special tokens included."""
+    masks: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Mask tokens beside the vocabulary: one for masked language models and BART, one for each hidden span for T5."""
     sample_bytes: Annotated[int, Field(ge=10_000)] = 8_000_000
     """Text the vocabulary is learned from, sampled by document hash."""
     existing: str | None = placement(None)
@@ -141,7 +143,7 @@ class TokenizerConfig(Config):
 
     @model_validator(mode="after")
     def _trained_or_existing(self) -> Self:
-        given = sorted(self.model_fields_set & {"algorithm", "vocab_size", "sample_bytes"})
+        given = sorted(self.model_fields_set & {"algorithm", "vocab_size", "masks", "sample_bytes"})
         if self.existing is not None and given:
             raise ValueError(f"an existing tokenizer is not trained: leave out {', '.join(given)}, or existing")
         if self.existing is None and self.end_of_text is not None:

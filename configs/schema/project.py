@@ -7,8 +7,10 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from configs.schema.base import Config, references
+from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
 from configs.schema.evaluation import EvaluateConfig, RegisterConfig
+from configs.schema.examples import BaselineConfig, ExamplesConfig
 from configs.schema.serving import DeployConfig
 from configs.schema.training import FinetuneConfig, PretrainConfig
 
@@ -18,9 +20,12 @@ StageConfig = Annotated[
     TokenizerConfig
     | CorpusConfig
     | InstructionsConfig
+    | ExamplesConfig
+    | BaselineConfig
     | PretrainConfig
     | FinetuneConfig
     | EvaluateConfig
+    | CompareConfig
     | RegisterConfig
     | DeployConfig,
     Field(discriminator="kind"),

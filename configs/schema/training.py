@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Config, Input, placement
 from configs.schema.data import CorpusName, DataConfig
-from configs.schema.model import ModelConfig
+from configs.schema.model import ModelChoice, ModelConfig
 
 
 class OptimConfig(Config):
@@ -50,6 +50,9 @@ class TrainingConfig(Config):
     eval_every_steps: Annotated[int, Field(ge=1)] = 50
     eval_rows: Annotated[int, Field(ge=1)] = 64
     """Validation rows scored at each evaluation, over all corpora."""
+    spike_nats: Annotated[float, Field(gt=0)] | None = 3.0
+    """A step whose loss is this many nats per target above the median of the last 32 steps ends the run; null: none
+    does."""
     log_every_steps: Annotated[int, Field(ge=1)] = 5
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
     """Time between two durable checkpoints of a run."""
@@ -69,13 +72,16 @@ class TrainingConfig(Config):
 
 
 class PretrainConfig(Config):
-    """Stage `pretrain`: causal language modelling from scratch."""
+    """Stage `pretrain`: a language model, from scratch or from one that stands.
+
+    Decoders learn to predict the next token, encoders hidden tokens, encoder-decoders to restore hidden spans.
+    """
 
     kind: Literal["pretrain"] = "pretrain"
     corpus: Input | Annotated[dict[CorpusName, Input], Field(min_length=1)]
     """A token corpus; or several by name, made with one tokenizer, which `data.mixture` gives weights to."""
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: ModelChoice = ModelConfig()
     training: TrainingConfig
 
     @model_validator(mode="after")
@@ -85,9 +91,26 @@ class PretrainConfig(Config):
 
 
 class FinetuneConfig(Config):
-    """Stage `finetune`: supervised fine-tuning on prompt/completion pairs, loss on the completion only."""
+    """Stage `finetune`: supervised training on a dataset.
+
+    `pairs`: prompt/completion pairs rendered as conversations, loss on the completion only. `classify`, `tag` and
+    `seq2seq`: datasets of stage `examples` of the same task.
+    """
 
     kind: Literal["finetune"] = "finetune"
-    model: Input
+    task: Literal["pairs", "classify", "tag", "seq2seq"] = "pairs"
+    model: ModelChoice
+    tokenizer: Input | None = None
+    """Tokenizer of a model from scratch; a model that stands brings its own."""
     data: Input
     training: TrainingConfig
+    generated_tokens: Annotated[int, Field(ge=1)] = 64
+    """Longest text that a `seq2seq` model writes when it is scored at the end."""
+
+    @model_validator(mode="after")
+    def _tokenizer_or_model(self) -> Self:
+        if (self.model.start is None) != (self.tokenizer is not None):
+            raise ValueError("a model from scratch needs a tokenizer, and one that stands brings its own")
+        if self.task == "pairs" and self.model.start is None:
+            raise ValueError("task pairs needs a model that stands: give model.from")
+        return self

@@ -119,9 +119,11 @@ def _ledger(ref: str, step: int) -> list[Sample]:
     from configs.errors import ArtifactError, CorruptArtifactError, InputError
     from configs.schema.training import PretrainConfig
     from pipelines.stages.pretrain import PretrainStage, corpora_of, open_split
+    from pipelines.training.models import context_length
 
     store = ArtifactStore(artifact_root(state_home()))
-    manifest = store.get(ref, verify=False).manifest
+    model = store.get(ref, verify=False)
+    manifest = model.manifest
     if manifest.config.get("kind") != "pretrain":
         raise ArtifactError(
             f"{ref} was not pretrained on a corpus", received=manifest.config.get("kind", manifest.kind),
@@ -145,7 +147,8 @@ def _ledger(ref: str, step: int) -> list[Sample]:
                 received=corpus.digest, allowed=record.digest, next_step="run the recipe again",
             )  # fmt: skip
         folders[name] = corpus.path
-    return open_split("train", folders, config).provenance(step - 1)
+    rows = open_split("train", corpora=folders, config=config, row_tokens=context_length(model.path))
+    return rows.provenance(step - 1)
 
 
 def _open(ref: str) -> tuple[Artifact, Artifact]:

@@ -31,6 +31,12 @@ _TRAINING: Sequence[tuple[str, Callable[[Any], str]]] = (
     ("first_validation_loss", lambda value: f"validation loss {figure(value)}"),
     ("validation_loss", lambda value: f"-> {figure(value)}"),
     ("bits_per_byte", _count("bits/byte")),
+    ("validation_accuracy", lambda value: f"accuracy {figure(value)}"),
+    ("validation_macro_f1", lambda value: f"F1 {figure(value)}"),
+    ("validation_span_f1", lambda value: f"span F1 {figure(value)}"),
+    ("bleu", _count("BLEU")),
+    ("chrf", _count("chrF")),
+    ("rouge_l", _count("ROUGE-L")),
 )
 _FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
     "tokenizer": (
@@ -45,8 +51,20 @@ _FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
         ("megabytes_per_second", _count("MB/s")),
     ),
     "instructions": (("pairs.train", _sum("pairs to train")), ("pairs.heldout", _sum("held out"))),
+    "examples": (("examples.train", _count("examples to train")), ("examples.heldout", _count("held out"))),
+    "baseline": (
+        ("method", str),
+        ("accuracy", lambda value: f"accuracy {figure(value)}"),
+        ("span_f1", lambda value: f"span F1 {figure(value)}"),
+    ),
     "pretrain": _TRAINING,
     "finetune": _TRAINING,
+    "compare": (
+        (
+            "models",
+            lambda models: "; ".join(f"{name}: perplexity {figure(m['perplexity'])}" for name, m in models.items()),
+        ),
+    ),
     "evaluate": (("pairs", _sum("answers a model")),),
     "register": (
         ("name", lambda value: str(value)),

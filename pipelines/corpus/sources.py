@@ -30,6 +30,8 @@ from pipelines.corpus.known_hashes import SourceHashes, hashes_of, take_stamp
 
 STDLIB = "python:stdlib"
 HUB = "hf://"
+DATA = "data:"
+DATA_FOLDER = "GANYMEDE_DATA"
 
 _CHUNK_BYTES = 1 << 22
 _HASHING_THREADS = 8
@@ -215,6 +217,8 @@ def _find(config: SourceConfig) -> tuple[Any, str, list[str]]:
 def _locate(path: str) -> tuple[Any, str]:
     if path == STDLIB:
         return fs.LocalFileSystem(), sysconfig.get_path("stdlib")
+    if path.startswith(DATA):
+        return fs.LocalFileSystem(), str(_data_folder(path) / path.removeprefix(DATA))
     if path.startswith(HUB):
         return _hub(), path.removeprefix(HUB)
     if "://" not in path:
@@ -234,6 +238,17 @@ def _locate(path: str) -> tuple[Any, str]:
             allowed="file://, s3://, gs://, hdfs:// or hf://", next_step="correct source.path in the recipe",
         )  from error  # fmt: skip
     return filesystem, inside
+
+
+def _data_folder(path: str) -> Path:
+    folder = os.environ.get(DATA_FOLDER)
+    if not folder:
+        raise DataError(
+            f"source.path {path} is below the data folder, and ${DATA_FOLDER} does not say where that is",
+            allowed=f"{DATA_FOLDER}=FOLDER in the environment",
+            next_step=f"get the data that the recipe names, and set {DATA_FOLDER} to the folder that it is in",
+        )
+    return Path(folder).expanduser().absolute()
 
 
 def _hub() -> Any:

@@ -28,6 +28,9 @@ END_OF_TEXT_ID: Final = 0
 UNKNOWN: Final = "<|unknown|>"
 """What WordPiece, Unigram and whole words give for what they do not know; its id follows the special tokens'."""
 
+MASK: Final = "<|mask|>"
+"""Stands for hidden text; further ones, where spans have masks of their own, are `<|mask_1|>` and so on."""
+
 CHAT_TEMPLATE: Final = (
     "{%- for message in messages -%}"
     "{%- if message['role'] not in ('system', 'user', 'assistant') -%}"
@@ -56,12 +59,15 @@ _SCORE_DIGITS = 3
 process; scores of two trainings were seen to differ by 4e-11."""
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, algorithm: Algorithm = "bpe") -> Tokenizer:
+def train_tokenizer(texts: Sequence[str], vocab_size: int, algorithm: Algorithm = "bpe", masks: int = 0) -> Tokenizer:
     """Learns a vocabulary from `texts`; special tokens have ids 0 to 4, then comes what the algorithm begins with.
 
-    Fewer than `vocab_size` entries come out when the texts hold no more pieces worth one.
+    Fewer than `vocab_size` entries come out when the texts hold no more pieces worth one. The last ids are those of
+    `masks` mask tokens, which come on top.
     """
-    return _TRAINERS[algorithm](texts, vocab_size)
+    tokenizer = _TRAINERS[algorithm](texts, vocab_size)
+    tokenizer.add_special_tokens([MASK, *(f"<|mask_{number}|>" for number in range(1, masks))][:masks])
+    return tokenizer
 
 
 def _train_bpe(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -162,6 +168,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     named = {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
     if tokenizer.token_to_id(UNKNOWN) is not None:
         named["unk_token"] = UNKNOWN
+    if tokenizer.token_to_id(MASK) is not None:
+        named["mask_token"] = MASK
     config = {
         **named,
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,4 +1,4 @@
-"""Stage `finetune`: supervised fine-tuning on prompt/completion pairs, loss on the completion only."""
+"""Stage `finetune`: supervised training on a dataset, of pairs or of labelled examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from actors.store.artifacts import Artifact
 from actors.text import Text
-from configs.errors import ContractError
+from configs.errors import ConfigError, ContractError
 from configs.schema.training import FinetuneConfig, TrainingConfig
 from pipelines.stage import StageContext
 from pipelines.training.launch import train_on_workers
@@ -19,6 +19,8 @@ from pipelines.training.models import context_length, load_model
 from pipelines.training.objectives import Objective, SupervisedPairs
 from pipelines.training.pairs import PairRows, render_pairs
 from pipelines.training.publication import Publication, write_model
+from pipelines.training.start import Start, start_sources
+from pipelines.training.supervised import train_on_examples
 from pipelines.training.worker import Task
 
 _SPLITS = {"train": "training", "heldout": "validation"}
@@ -29,43 +31,58 @@ class FinetuneStage:
 
     kind: ClassVar[str] = "finetune"
     artifact_kind: ClassVar[str | None] = "model"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: FinetuneConfig) -> Mapping[str, str]:
-        """Everything comes from the store."""
-        return {}
+        """Digest of the folder that training starts from, where there is one."""
+        return start_sources(config.model)
 
     def run(self, config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
-        """Renders the pairs with the base model's chat template, trains on them, and writes the new model.
+        """Trains on the dataset as its task asks, and writes the new model."""
+        context.run.log_params(config.model_dump(mode="json"))
+        start = Start.find(config.model, inputs)
+        if config.task == "pairs":
+            return _finetune_on_pairs(config, start, inputs["data"], context)
+        tokenizer = inputs["tokenizer"].path.absolute() if start.folder is None else start.folder
+        return train_on_examples(config, start, tokenizer, inputs["data"], context)
 
-        Raises:
-            ContractError: the base model has no chat template, or no token that ends a text.
-        """
-        base, data = inputs["model"], inputs["data"]
-        text = Text.load(base.path)
-        if not text.has_chat_template or not text.eos_token_ids:
-            raise ContractError(
-                f"{base.ref} cannot be fine-tuned on conversations: it lacks a chat template or an end token",
-                allowed="a model whose tokenizer has both",
-            )
-        rows = context.work.absolute() / "rows"
-        left_out = _render(data, rows, text, context_length(base.path))
-        _log_lineage(data, rows, config, context)
-        assemble = functools.partial(assemble_finetuning, base.path.absolute(), rows, config.training)
-        train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
-        publication = Publication(
-            title="Language model fine-tuned on instructions",
-            text_from=base.path,
-            eos_token_ids=text.eos_token_ids,
-            pad_token_id=text.pad_token_id if text.pad_token_id is not None else min(text.eos_token_ids),
-            facts={"Base model digest": f"`{base.digest}`", "Data digest": f"`{data.digest}`"},
+
+def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, context: StageContext) -> dict[str, Any]:
+    """Renders the pairs with the base model's chat template, trains on them, and writes the new model.
+
+    Raises:
+        ContractError: the base model has no chat template, or no token that ends a text.
+    """
+    base = start.folder
+    if base is None:
+        raise ConfigError("task pairs needs a model that stands", next_step="give model.from")
+    text = Text.load(base)
+    if not text.has_chat_template or not text.eos_token_ids:
+        raise ContractError(
+            f"{config.model.start} cannot be fine-tuned on conversations: it lacks a chat template or an end token",
+            allowed="a model whose tokenizer has both",
         )
-        summary = write_model(publication, load_model(base.path), config.training, context)
-        return {**summary, "pairs_left_out": left_out}
+    rows = context.work.absolute() / "rows"
+    left_out = _render(data, rows, text, context_length(base))
+    _log_lineage(data, rows, context)
+    assemble = functools.partial(assemble_finetuning, base, config.model.dropout, rows, config.training)
+    train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
+    publication = Publication(
+        title="Language model fine-tuned on instructions",
+        head="causal",
+        text_from=base,
+        eos_token_ids=text.eos_token_ids,
+        pad_token_id=text.pad_token_id if text.pad_token_id is not None else min(text.eos_token_ids),
+        facts={**start.facts(), "Data digest": f"`{data.digest}`"},
+    )
+    summary = write_model(publication, load_model(base), config.training, context)
+    return {**summary, "pairs_left_out": left_out}
 
 
-def assemble_finetuning(base: Path, rows: Path, training: TrainingConfig) -> tuple[nn.Module, Objective]:
-    """Model and objective of a fine-tuning run; runs on every worker."""
+def assemble_finetuning(
+    base: Path, dropout: float, rows: Path, training: TrainingConfig
+) -> tuple[nn.Module, Objective[Any]]:
+    """Model and objective of a fine-tuning run on pairs; runs on every worker."""
     objective = SupervisedPairs(
         PairRows.open(rows / "train.safetensors"),
         PairRows.open(rows / "heldout.safetensors"),
@@ -73,7 +90,7 @@ def assemble_finetuning(base: Path, rows: Path, training: TrainingConfig) -> tup
         seed=training.seed,
         validation_rows=training.eval_rows,
     )
-    return load_model(base), objective
+    return load_model(base, dropout=dropout), objective
 
 
 def _render(data: Artifact, rows: Path, text: Text, row_tokens: int) -> int:
@@ -85,8 +102,7 @@ def _render(data: Artifact, rows: Path, text: Text, row_tokens: int) -> int:
     )
 
 
-def _log_lineage(data: Artifact, rows: Path, config: FinetuneConfig, context: StageContext) -> None:
-    context.run.log_params(config.model_dump(mode="json"))
+def _log_lineage(data: Artifact, rows: Path, context: StageContext) -> None:
     for split, used_for in _SPLITS.items():
         pairs = PairRows.open(rows / f"{split}.safetensors")
         profile = {"pairs": len(pairs), "target_tokens": pairs.targets, "longest_row_tokens": pairs.longest}

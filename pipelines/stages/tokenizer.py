@@ -90,7 +90,7 @@ def _train(config: TokenizerConfig, listing: Listing, context: StageContext) -> 
         raise _no_text("to learn a tokenizer from", config.source)
     sample_bytes = sum(len(text.encode()) for text in sample)
     context.progress(Progress(0, sample_bytes / 1e6, "MB"))
-    save_tokenizer(train_tokenizer(sample, config.vocab_size, config.algorithm), context.out)
+    save_tokenizer(train_tokenizer(sample, config.vocab_size, config.algorithm, config.masks), context.out)
     context.progress(Progress(sample_bytes / 1e6, sample_bytes / 1e6, "MB"))
     return {"algorithm": config.algorithm, "sample_documents": len(sample), "sample_bytes": sample_bytes}
 

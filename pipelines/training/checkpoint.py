@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-XXXXXXXX` with `tensors.safetensors` and `state.json`; the latter carries the blake3 of
 both. It is written aside, flushed to disk and renamed, so a folder of that name is whole unless the disk itself damaged
-it, and that is found on load. Random state is not stored: batches are a function of the step, and training draws
-nothing else.
+it, and that is found on load. Random state is not stored: batches and dropout are functions of the step, and
+nothing else is drawn.
 """
 
 from __future__ import annotations

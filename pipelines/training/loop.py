@@ -8,20 +8,22 @@ that did not, on the same processor with the same number of ranks, threads and m
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from configs.errors import CorruptArtifactError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.training.checkpoint import Checkpoint, Checkpoints, prefixed, without_prefix
+from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
 from pipelines.training.models import flops_per_token
-from pipelines.training.objectives import Objective, Rows
+from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
 from pipelines.training.schedule import rate_factor
@@ -60,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         model: nn.Module,
-        objective: Objective,
+        objective: Objective[Any],
         config: TrainingConfig,
         *,
         hardware: Hardware,
@@ -78,13 +80,14 @@ class Trainer:
         self._optimizer = Optimizer(model, config.optim, dtype=hardware.dtype)
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.buffer = GradientBuffer(self._parameters.values(), extra=_ROW_LOSSES + config.batch_rows)
+        self._guard = LossGuard(config.spike_nats)
         self._tokens_seen = 0
 
     def run(self) -> Outcome:
         """Trains from the newest checkpoint to the last step, or to where `should_stop` says.
 
         Raises:
-            StageError: loss or gradient is no finite number.
+            StageError: loss or gradient is no finite number, or the loss leaps up; the weights are those before it.
             StorageError: a checkpoint cannot be written.
         """
         start = self._restore()
@@ -118,42 +121,43 @@ class Trainer:
                 return Outcome(step + 1, self._tokens_seen, finished=last)
         return Outcome(self._config.steps, self._tokens_seen, finished=True)
 
-    def accumulate(self, rows: Rows) -> None:
-        """Adds gradients, token count and losses of this rank's `rows` to the buffer, a micro-batch at a time."""
+    def accumulate(self, rows: Batch, step: int = 0) -> None:
+        """Adds gradients, target count and losses of this rank's `rows` to the buffer, a micro-batch at a time.
+
+        What dropout leaves out is drawn anew for each micro-batch, from (seed, `step`, its first row).
+        """
         row_losses = self.buffer.extra[_ROW_LOSSES:]
         first = self._ranks.rank * len(rows)
         for begin in range(0, len(rows), self._config.micro_batch_rows):
             part = rows.part(begin, min(begin + self._config.micro_batch_rows, len(rows))).to(self._hardware.device)
+            torch.manual_seed(_mixed(self._config.seed, step, first + begin))
             with self._hardware.autocast():
                 loss = self._objective.loss(self._model, part)
             loss.backward()
-            self.buffer.extra[_TARGETS] += part.targets.sum()
-            self.buffer.extra[_POSITIONS] += part.targets.numel()
+            self.buffer.extra[_TARGETS] += part.target_count
+            self.buffer.extra[_POSITIONS] += part.positions
             row_losses[first + begin : first + begin + len(part)] = loss.detach() / len(part)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation loss in nats per token, of each source as well if there are several, and bits per byte.
+        """The objective's figures over the validation rows, which are shared out over the ranks.
 
-        The rows are shared out over the ranks.
+        With several sources, the validation loss of each as well, in nats per target.
         """
         sources = self._objective.validation()
-        totals = torch.zeros((len(sources), 2), dtype=torch.float64, device=self._hardware.device)
+        sums = torch.zeros((len(sources), self._objective.tallies), dtype=torch.float64, device=self._hardware.device)
         size = self._config.micro_batch_rows
         self._model.eval()
-        for total, rows in zip(totals, sources.values(), strict=True):
+        for total, rows in zip(sums, sources.values(), strict=True):
             for begin in range(size * self._ranks.rank, len(rows), size * self._ranks.world_size):
                 part = rows.part(begin, min(begin + size, len(rows))).to(self._hardware.device)
                 with self._hardware.autocast():
-                    total[0] += self._objective.loss(self._model, part)
-                total[1] += part.targets.sum()
+                    total += self._objective.measure(self._model, part)
         self._model.train()
-        totals = self._ranks.sum(totals)
-        loss, tokens = totals.sum(0).tolist()
-        nats = loss / tokens
-        figures = {"validation_loss": nats, "bits_per_byte": nats / math.log(2) / self._objective.bytes_per_token}
+        sums = self._ranks.sum(sums)
+        figures: dict[str, float] = self._objective.figures(sums.sum(0).tolist())
         if len(sources) > 1:
-            means = (totals[:, 0] / totals[:, 1]).tolist()
+            means = (sums[:, 0] / sums[:, 1]).tolist()
             figures |= {f"validation_loss/{name}": mean for name, mean in zip(sources, means, strict=True)}
         return figures
 
@@ -162,7 +166,7 @@ class Trainer:
         rows = self._objective.batch(step, self._ranks.rank, self._ranks.world_size)
         clock.waited(time.perf_counter() - waiting)
         self.buffer.clear()
-        self.accumulate(rows)
+        self.accumulate(rows, step)
         self.buffer.extra[_STOP] += self._hooks.should_stop()
         self.buffer.sum(self._ranks)
         tokens, positions, stop = self.buffer.extra[:_ROW_LOSSES].tolist()
@@ -170,8 +174,9 @@ class Trainer:
         gradients = self.buffer.gradients.div_(tokens)
         norm = torch.linalg.vector_norm(gradients)
         loss = float(row_losses.sum() / tokens)
-        if not (math.isfinite(loss) and bool(norm.isfinite())):
-            raise self._diverged(step, row_losses)
+        problem = self._guard.check(loss, float(norm))
+        if problem is not None:
+            raise self._diverged(step, problem, row_losses)
         gradients.mul_((self._config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         factor = rate_factor(step, self._config.steps, self._config.optim)
         self._optimizer.step(factor, self._ranks)
@@ -186,12 +191,18 @@ class Trainer:
         }
         return figures, bool(stop)
 
-    def _diverged(self, step: int, row_losses: Tensor) -> StageError:
-        bad = (~row_losses.isfinite()).nonzero().flatten().tolist()
-        rows = f"rows {bad} of its batch" if bad else "no single row: the loss is finite, the gradient is not"
+    def _diverged(self, step: int, problem: str, row_losses: Tensor) -> StageError:
+        """The error that ends the run, with the rows that are no number, or else those whose loss is the highest."""
+        rows = (~row_losses.isfinite()).nonzero().flatten().tolist()
+        if not rows:
+            rows = (row_losses == row_losses.max()).nonzero().flatten().tolist()
+        world_size = self._ranks.world_size
+        names = [name for rank in range(world_size) for name in self._objective.samples(step, rank, world_size)]
         return StageError(
-            f"training diverged in step {step + 1}: loss or gradient is no finite number; {rows}",
-            next_step="lower training.optim.learning_rate (or muon_learning_rate); the last checkpoint stands",
+            f"training diverged in step {step + 1}: {problem}; the micro-batch to look at is rows {rows} of the batch: "
+            + ", ".join(names[row] for row in rows),
+            next_step="lower training.optim.learning_rate (or muon_learning_rate), or look at these samples; the last "
+            "checkpoint stands",
         )
 
     def _restore(self) -> int:
@@ -207,6 +218,7 @@ class Trainer:
             for name, value in without_prefix("model", checkpoint.tensors).items():
                 self._parameters[name].copy_(value)
         self._optimizer.load_state(without_prefix("optimizer", checkpoint.tensors))
+        self._guard.load_state(without_prefix("guard", checkpoint.tensors))
         self._tokens_seen = checkpoint.tokens_seen
         return step
 
@@ -214,8 +226,14 @@ class Trainer:
         self._hooks.notice(str(error))
 
     def _save(self, step: int) -> None:
-        tensors = prefixed("model", self._parameters) | prefixed("optimizer", self._optimizer.state())
+        states = {"model": self._parameters, "optimizer": self._optimizer.state(), "guard": self._guard.state()}
+        tensors = {name: t for prefix, state in states.items() for name, t in prefixed(prefix, state).items()}
         self._checkpoints.save(Checkpoint(step, self._tokens_seen, tensors))
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that all of `numbers` decide."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class _Clock:

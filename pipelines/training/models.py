@@ -1,95 +1,211 @@
-"""Models to train: built from a config, or opened from a model folder.
+"""Models to train: built from a config, or opened from a model folder, with the head that an objective needs.
 
 Everything is a `transformers` model in and out, so that a folder written here opens in any tool that reads that format.
 Weights are kept in fp32; bf16 comes from autocast in the loop. Initialisation is a function of the config and the seed
-alone.
+alone, of a new head on a model that stands as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GenerationConfig,
+)
 
-from configs.errors import ArtifactError
-from configs.schema.model import ModelConfig
+from actors.recurrent import LstmConfig
+from actors.store.artifacts import file_blake3
+from configs.artifacts import hash_json
+from configs.errors import ArtifactError, ConfigError
+from configs.schema.model import Family, ModelConfig
+from pipelines.training.architectures import architecture_config, initialise_llama
 
-_INIT_STD = 0.02
-_FEED_FORWARD_MULTIPLE = 32
+Head = Literal["causal", "masked", "seq2seq", "classify", "tag"]
+
+AUTO_CLASSES: dict[Head, Any] = {
+    "causal": AutoModelForCausalLM,
+    "masked": AutoModelForMaskedLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+    "classify": AutoModelForSequenceClassification,
+    "tag": AutoModelForTokenClassification,
+}
+LANGUAGE_HEADS: dict[Family, Head] = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "seq2seq"}
+"""The head that each family is pretrained with."""
+_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_DROPOUTS = (
+    "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "dropout_rate", "embd_pdrop",
+    "embedding_dropout", "hidden_dropout_prob", "mlp_dropout", "resid_pdrop",
+)  # fmt: skip
+"""What the configs of `transformers` call their dropout."""
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, eos_token_id: int, seed: int) -> LlamaForCausalLM:
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_token_id: int,
+    seed: int,
+    head: Head | None = None,
+    labels: Sequence[str] = (),
+) -> nn.Module:
     """A freshly initialised model in fp32 on the CPU; equal arguments give equal weights.
 
-    Matrices that write to the residual stream start at 1/sqrt(2 x layers) of the scale of the others, so that the
-    stream's variance does not grow with depth (GPT-2, Radford et al. 2019).
+    Args:
+        head: what it ends in; the language model of its family unless given.
+        labels: names of the classes of a head that classifies.
+
+    Raises:
+        ConfigError: the architecture has no such head.
     """
-    wide = 8 * config.hidden_size // 3
-    multiple = _FEED_FORWARD_MULTIPLE
-    hugging_face = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size or -(-wide // multiple) * multiple,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads or config.heads,
-        max_position_embeddings=config.context_length,
-        tie_word_embeddings=config.tie_embeddings,
-        bos_token_id=None,
-        eos_token_id=eos_token_id,
-        pad_token_id=eos_token_id,
-        initializer_range=_INIT_STD,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(hugging_face)
-    _initialise(model, seed)
+    head = head or LANGUAGE_HEADS[config.family]
+    shape = architecture_config(config, vocab_size=vocab_size, eos_token_id=eos_token_id)
+    _name_labels(shape, labels)
+    _check_head(shape, head)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AUTO_CLASSES[head].from_config(shape, attn_implementation=_attention(shape))
+    if config.architecture == "llama" and head == "causal":
+        initialise_llama(model, seed)
     return model
 
 
-@torch.no_grad()
-def _initialise(model: LlamaForCausalLM, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    residual_std = _INIT_STD / (2 * model.config.num_hidden_layers) ** 0.5
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            parameter.fill_(1.0)
-        else:
-            std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else _INIT_STD
-            parameter.normal_(0.0, std, generator=generator)
-
-
-def load_model(folder: Path) -> nn.Module:
-    """The causal language model of a model folder, in fp32 on the CPU.
+def load_model(
+    folder: Path, head: Head = "causal", *, labels: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
+) -> nn.Module:
+    """The model of a model folder with `head`, in fp32 on the CPU; weights that the folder lacks come from `seed`.
 
     Raises:
         ArtifactError: the folder holds no model that `transformers` can open.
+        ConfigError: its architecture has no such head.
+    """
+    shape = read_shape(folder)
+    _name_labels(shape, labels)
+    _check_head(shape, head)
+    for name in _DROPOUTS:
+        if hasattr(shape, name):
+            setattr(shape, name, dropout)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AUTO_CLASSES[head].from_pretrained(
+                folder,
+                config=shape,
+                dtype=torch.float32,
+                attn_implementation=_attention(shape),
+                local_files_only=True,
+            )
+    except (OSError, ValueError) as error:
+        raise _unopenable(folder, error) from error
+
+
+def read_shape(folder: Path) -> Any:
+    """The `transformers` config of a model folder.
+
+    Raises:
+        ArtifactError: there is none that can be read.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
+        raise _unopenable(folder, error) from error
+
+
+def _unopenable(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"no model can be opened in {folder}: {error}",
+        allowed="a folder with config.json and model.safetensors",
+        next_step="ganymede artifacts verify, or correct the folder",
+    )
+
+
+def _name_labels(shape: Any, labels: Sequence[str]) -> None:
+    if labels:
+        shape.id2label = dict(enumerate(labels))
+        shape.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _attention(shape: Any) -> str:
+    return "eager" if shape.model_type == LstmConfig.model_type else "sdpa"
+
+
+def _check_head(shape: Any, wanted: Head) -> None:
+    # What an encoder-decoder classifies by is its last end token, which padding looks like in the models made here.
+    possible: tuple[Head, ...] = ("seq2seq",) if shape.is_encoder_decoder else ("causal", "masked", "classify", "tag")
+    allowed = [head for head in possible if type(shape) in AUTO_CLASSES[head]._model_mapping]
+    if wanted not in allowed:
+        raise ConfigError(
+            f"a {shape.model_type} model cannot be trained this way",
+            received=f"head {wanted!r}",
+            allowed=", ".join(allowed),
+            next_step="choose another architecture, or another task",
+        )
+
+
+def pretraining_head(folder: Path) -> Head:
+    """The head of the language model that a model folder holds, by the family of its architecture."""
+    shape = read_shape(folder)
+    if shape.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if type(shape) in AutoModelForCausalLM._model_mapping and not _is_encoder(shape) else "masked"
+
+
+def _is_encoder(shape: Any) -> bool:
+    """BERT and its like can be opened as decoders too, which their config has to ask for."""
+    return type(shape) in AutoModelForMaskedLM._model_mapping and not getattr(shape, "is_decoder", False)
+
+
+def folder_digest(folder: Path) -> str:
+    """Digest of the files of a model folder that decide what it is.
+
+    Raises:
+        ArtifactError: there is no such folder, or no model in it.
+    """
+    found = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    if not {"config.json", "tokenizer.json"} <= {path.name for path in found}:
         raise ArtifactError(
-            f"no causal language model can be opened in {folder}: {error}",
-            allowed="a folder with config.json and model.safetensors",
-            next_step="ganymede artifacts verify",
-        ) from error
+            f"{folder} is no model folder",
+            allowed="a folder in Hugging Face format, with config.json, tokenizer.json and *.safetensors",
+            next_step="correct `from` in the recipe",
+        )
+    return hash_json([[path.name, file_blake3(path)] for path in found])
 
 
 def context_length(folder: Path) -> int:
     """Longest sequence, in tokens, of the model in a model folder."""
-    length: int = AutoConfig.from_pretrained(folder, local_files_only=True).max_position_embeddings
-    return length
+    shape = read_shape(folder)
+    length = getattr(shape, "max_position_embeddings", None) or getattr(shape, "n_positions", None)
+    if length is None:
+        raise ArtifactError(
+            f"the model in {folder} does not say how long its sequences may be",
+            allowed="max_position_embeddings or n_positions in config.json",
+            next_step="add the length it was trained on to config.json",
+        )
+    # RoBERTa counts positions from its padding id on.
+    return int(length) - (shape.pad_token_id + 1 if shape.model_type == "roberta" else 0)
 
 
 def save_model(model: nn.Module, folder: Path, *, eos_token_ids: Iterable[int], pad_token_id: int) -> None:
-    """Writes config.json, generation_config.json and model.safetensors; equal weights give equal bytes."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted(eos_token_ids), pad_token_id=pad_token_id, bos_token_id=None
-    )
+    """Writes config.json, model.safetensors and, of a model that generates, generation_config.json.
+
+    Equal weights give equal bytes.
+    """
+    if model.can_generate():
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(eos_token_ids),
+            pad_token_id=pad_token_id,
+            bos_token_id=None,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
     model.save_pretrained(folder)
 
 
@@ -109,19 +225,39 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
-    """Floating-point operations of one training step per token, for rows of `length` tokens.
+    """Floating-point operations of one training step per position, for rows of `length` positions.
 
     Six per weight that takes part in a matrix product (the output matrix included, an embedding lookup not), and
-    12 x layers x width x length / 2 for causal attention (Chowdhery et al. 2022, appendix B, with the masked half left
-    out).
+    12 x layers x width x length for attention, half of that behind a causal mask (Chowdhery et al. 2022, appendix B).
+    An encoder-decoder uses about half of its weights at each position, of input or output; a recurrent layer has no
+    attention.
     """
-    matrices = sum(p.numel() for p in hidden_matrices(model).values())
-    head = model.get_output_embeddings().weight.numel()
     config = model.config
-    return 6.0 * (matrices + head) + 6.0 * config.num_hidden_layers * config.hidden_size * length
+    embeddings = _embedding_ids(model)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
+    output = model.get_output_embeddings()
+    if output is not None and id(output.weight) in embeddings:
+        matrices += output.weight.numel()
+    sides = 2 if config.is_encoder_decoder else 1
+    causal = type(config) in AutoModelForCausalLM._model_mapping and not _is_encoder(config)
+    attention = (6.0 if causal else 12.0) * config.num_hidden_layers * config.hidden_size * length
+    if config.model_type == LstmConfig.model_type:
+        attention = 0.0
+    return 6.0 * matrices / sides + attention
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The two-dimensional weights between embedding and output, by name."""
-    outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    return {n: p for n, p in model.named_parameters() if p.ndim == 2 and p.requires_grad and id(p) not in outer}
+    """The two-dimensional weights between embeddings and head, by name."""
+    output = model.get_output_embeddings()
+    outer = _embedding_ids(model) | (set() if output is None else {id(output.weight)})
+    inner = {id(p) for p in model.base_model.parameters()}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.ndim == 2 and p.requires_grad and id(p) in inner and id(p) not in outer
+    }
+
+
+def _embedding_ids(model: nn.Module) -> set[int]:
+    """Tables that are looked up: of tokens, positions and kinds of tokens."""
+    return {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

@@ -6,23 +6,51 @@ Losses are sums over target tokens, never means, so that a batch may be split ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from math import log
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configs.errors import ConfigError
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.packing import PackedRows
 from pipelines.training.cross_entropy import linear_cross_entropy
 from pipelines.training.models import hidden_states
+from pipelines.training.ordering import Epochs
 from pipelines.training.pairs import PairRows
 
 _BUCKET_TOKENS = 32
 """Padded rows are a multiple of this long, so that few different shapes occur."""
+
+
+class Batch(Protocol):
+    """Rows that a model is trained on; what is in them is between their objective and its model."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def target_count(self) -> Tensor:
+        """What is predicted in them, a scalar."""
+        ...
+
+    @property
+    def positions(self) -> int:
+        """Places that the model runs over, padding included."""
+        ...
+
+    def part(self, start: int, stop: int) -> Self:
+        """Rows `start` to `stop`, without columns that are padding in all of them."""
+        ...
+
+    def to(self, device: torch.device) -> Self:
+        """The same rows on `device`."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -39,6 +67,16 @@ class Rows:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    @property
+    def target_count(self) -> Tensor:
+        """Tokens that are learned, a scalar."""
+        return self.targets.sum()
+
+    @property
+    def positions(self) -> int:
+        """Places that a model runs over, padding included."""
+        return self.targets.numel()
+
     def part(self, start: int, stop: int) -> Rows:
         """Rows `start` to `stop`, without columns that are padding in all of them."""
         targets = self.targets[start:stop]
@@ -53,28 +91,64 @@ class Rows:
         return Rows(self.tokens.to(device), self.targets.to(device), position_ids)
 
 
-class Objective(Protocol):
+class Objective(Protocol[B]):
     """What a training run minimises."""
 
     row_tokens: int
-    """Longest row, in predicted positions."""
-    bytes_per_token: float
-    """UTF-8 bytes of text per target token in the validation data."""
+    """Longest row, in positions."""
 
-    def batch(self, step: int, rank: int, world_size: int) -> Rows:
+    @property
+    def tallies(self) -> int:
+        """How many sums `measure` gives."""
+        ...
+
+    def batch(self, step: int, rank: int, world_size: int) -> B:
         """This rank's rows of the global batch of `step`."""
         ...
 
-    def validation(self) -> Mapping[str, Rows]:
+    def samples(self, step: int, rank: int, world_size: int) -> list[str]:
+        """What the rows of `batch` are called in the data, in their order."""
+        ...
+
+    def validation(self) -> Mapping[str, B]:
         """The validation rows by source, the same at every call; one source needs no name."""
         ...
 
-    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+    def loss(self, model: nn.Module, rows: B) -> Tensor:
         """Loss summed over the targets of `rows`, in nats."""
         ...
 
+    def measure(self, model: nn.Module, rows: B) -> Tensor:
+        """Sums that metrics are made of, [tallies]: loss and targets first. They add up over any split of rows."""
+        ...
 
-class CausalLanguageModel:
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics of the validation rows, from the sums over all of them; `validation_loss` in nats is one."""
+        ...
+
+
+class LanguageObjective:
+    """What objectives that predict the next token share."""
+
+    tallies: int = 2
+    bytes_per_token: float
+    """UTF-8 bytes of text per target token in the validation data."""
+
+    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+        """See `Objective`."""
+        return token_loss(model, rows)
+
+    def measure(self, model: nn.Module, rows: Rows) -> Tensor:
+        """See `Objective`."""
+        return torch.stack([token_loss(model, rows).double(), rows.target_count.double()])
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """Nats per token, and bits per byte, which can be compared between tokenizers."""
+        nats = sums[0] / sums[1]
+        return {"validation_loss": nats, "bits_per_byte": nats / log(2) / self.bytes_per_token}
+
+
+class CausalLanguageModel(LanguageObjective):
     """Next-token prediction over packed rows of one corpus or several.
 
     Every token is a target; `within_documents`, every token but the first of a document, which nothing before it says
@@ -112,12 +186,12 @@ class CausalLanguageModel:
             return {name: _within_documents(loader.packed_rows(count)) for name, loader in self._validation.items()}
         return {name: _all_targets(loader.rows(count)) for name, loader in self._validation.items()}
 
-    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+    def samples(self, step: int, rank: int, world_size: int) -> list[str]:
         """See `Objective`."""
-        return token_loss(model, rows)
+        return name_samples(self._train, step, rank, world_size)
 
 
-class SupervisedPairs:
+class SupervisedPairs(LanguageObjective):
     """Completions given prompts: a row is one rendered conversation, the completion's tokens are the targets."""
 
     def __init__(
@@ -127,35 +201,26 @@ class SupervisedPairs:
         self.bytes_per_token = validation.bytes_per_target
         self._train = train
         self._validation = validation
-        self._batch_rows = batch_rows
-        self._seed = seed
+        self._epochs = Epochs(len(train), batch_rows=batch_rows, seed=seed)
         self._validation_rows = validation_rows
 
     def batch(self, step: int, rank: int, world_size: int) -> Rows:
-        """See `Objective`. Every epoch is a new permutation; rows are dealt to ranks by length, to even out work."""
-        if self._batch_rows % world_size:
-            raise ConfigError(
-                "batch_rows cannot be divided among the workers",
-                received=self._batch_rows,
-                allowed=f"a multiple of {world_size}",
-            )
-        places = range(step * self._batch_rows, (step + 1) * self._batch_rows)
-        count = len(self._train)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        chosen = [int(orders[place // count][place % count]) for place in places]
-        chosen.sort(key=self._train.length)
-        return padded_rows(self._train, chosen[rank::world_size])
+        """See `Objective`."""
+        return padded_rows(self._train, self._epochs.batch(step, rank, world_size, self._train.length))
 
     def validation(self) -> Mapping[str, Rows]:
         """The first held-out pairs."""
         return {"": padded_rows(self._validation, range(min(self._validation_rows, len(self._validation))))}
 
-    def loss(self, model: nn.Module, rows: Rows) -> Tensor:
+    def samples(self, step: int, rank: int, world_size: int) -> list[str]:
         """See `Objective`."""
-        return token_loss(model, rows)
+        return [f"pair {i}" for i in self._epochs.batch(step, rank, world_size, self._train.length)]
 
-    def _order(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._train))
+
+def name_samples(loader: Loader, step: int, rank: int, world_size: int) -> list[str]:
+    """What the rows of a batch are called: the row of a source's split, and how often that was gone through before."""
+    ledger = loader.ledger(step, rank, world_size).tolist()
+    return [f"source {source} row {row} (epoch {epoch})" for source, epoch, row in ledger]
 
 
 def token_loss(model: nn.Module, rows: Rows) -> Tensor:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.recurrent import LstmConfig
 from configs.schema.training import TrainingConfig
 from pipelines.stage import StageContext
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
-from pipelines.training.metrics import FILE, read_metrics
-from pipelines.training.models import parameter_count, save_model
+from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
+from pipelines.training.models import AUTO_CLASSES, Head, parameter_count, save_model
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -26,11 +27,25 @@ _TEXT_FILES = (
 )  # fmt: skip
 
 
+CURVE = "curve.json"
+"""The figures of every logged step that do not depend on the clock."""
+_TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction")
+_HUB_TAGS: dict[Head, str] = {
+    "causal": "text-generation",
+    "masked": "fill-mask",
+    "seq2seq": "text2text-generation",
+    "classify": "text-classification",
+    "tag": "token-classification",
+}
+"""What the Hugging Face hub calls the task of each kind of model."""
+
+
 @dataclass(frozen=True)
 class Publication:
     """What a model artifact says about itself."""
 
     title: str
+    head: Head
     text_from: Path
     """Folder that the tokenizer's files and the contract are copied from."""
     eos_token_ids: Iterable[int]
@@ -57,17 +72,18 @@ def write_model(
             shutil.copyfile(publication.text_from / name, context.out / name)
     lines = [line for line in read_metrics(context.work / FILE) if "step" in line]
     draw_curve(lines, context.out / "loss.png", title=publication.title)
+    curve = [{name: value for name, value in line.items() if name not in _TIMED} for line in lines]
+    (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
     scored = [line for line in lines if "validation_loss" in line]
     facts = {
         **publication.facts,
         "Parameters": f"{parameter_count(model):,}",
         "Optimizer steps": f"{config.steps:,}",
-        "Target tokens seen": f"{checkpoint.tokens_seen:,}",
-        "Validation loss": f"{scored[-1]['validation_loss']:.4f} nats per token",
-        "Bits per byte": f"{scored[-1]['bits_per_byte']:.4f}",
+        "Targets seen": f"{checkpoint.tokens_seen:,}",
+        **{_named(name): f"{value:.4f}" for name, value in _evaluated(scored[-1]).items()},
     }
-    (context.out / "README.md").write_text(_card(publication.title, facts), encoding="utf-8")
+    (context.out / "README.md").write_text(_card(publication, model, facts), encoding="utf-8")
     hardware = json.loads((context.work / HARDWARE).read_bytes())
     return {**_summary(lines, scored, parameter_count(model), checkpoint.tokens_seen), **hardware}
 
@@ -82,18 +98,28 @@ def _summary(
         "first_loss": lines[0]["loss"],
         "loss": lines[-1]["loss"],
         "first_validation_loss": scored[0]["validation_loss"],
-        "validation_loss": scored[-1]["validation_loss"],
-        "bits_per_byte": scored[-1]["bits_per_byte"],
-        **{name: loss for name, loss in scored[-1].items() if name.startswith("validation_loss/")},
+        **_evaluated(scored[-1]),
         "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
         "mfu": statistics.median(line["mfu"] for line in lines),
     }
 
 
-def _card(title: str, facts: Mapping[str, str]) -> str:
+def _evaluated(line: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation."""
+    return {name: value for name, value in line.items() if name not in STEP_FIGURES}
+
+
+def _named(figure: str) -> str:
+    """A figure's name for people; losses are in nats per target."""
+    return figure.replace("_", " ").capitalize()
+
+
+def _card(publication: Publication, model: nn.Module, facts: Mapping[str, str]) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    auto = AUTO_CLASSES[publication.head].__name__
+    first = "After `import actors.recurrent` it" if model.config.model_type == LstmConfig.model_type else "It"
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {title}\n\n"
-        f"|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
-        "Opens with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {_HUB_TAGS[publication.head]}\n---\n\n"
+        f"# {publication.title}\n\n|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
+        f"{first} opens with `{auto}.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
     )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ class Task:
     work: Path
     """Folder that all workers share: checkpoints, metrics, hardware, stop flag, failure."""
     config: TrainingConfig
-    assemble: Callable[[], tuple[nn.Module, Objective]]
+    assemble: Callable[[], tuple[nn.Module, Objective[Any]]]
     """Builds model and objective on each worker; must give the same on all."""
 
 

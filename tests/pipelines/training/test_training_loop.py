@@ -18,7 +18,7 @@ from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.hardware import Hardware
 from pipelines.training.loop import Hooks, Outcome, Trainer
 from pipelines.training.models import build_model
-from pipelines.training.objectives import Rows, token_loss
+from pipelines.training.objectives import LanguageObjective, Rows
 from pipelines.training.parallel import Ranks
 
 CPU = Hardware(torch.device("cpu"), "fp32", compile=False)
@@ -29,8 +29,8 @@ TRAINING = TrainingConfig(
 )  # fmt: skip
 
 
-class Noise:
-    """Rows of seeded noise in which a token often repeats the one before; some targets are left out."""
+class Noise(LanguageObjective):
+    """Rows of seeded noise; some targets are left out."""
 
     row_tokens = 16
     bytes_per_token = 2.0
@@ -46,8 +46,9 @@ class Noise:
     def validation(self) -> Mapping[str, Rows]:
         return {"": self._make(1_000_000, 5)}
 
-    def loss(self, model: nn.Module, rows: Rows) -> torch.Tensor:
-        return token_loss(model, rows)
+    def samples(self, step: int, rank: int, world_size: int) -> list[str]:
+        share = self._rows // world_size
+        return [f"noise {step}/{rank * share + i}" for i in range(share)]
 
     def _make(self, seed: int, count: int) -> Rows:
         random = np.random.default_rng(seed)
@@ -138,9 +139,57 @@ def test_a_loss_that_is_no_number_names_step_and_rows(tmp_path: Path) -> None:
             return super().loss(model, rows) * (float("nan") if bad else 1.0)
 
     model, run = trainer(tmp_path, objective=Poisoned())
-    with pytest.raises(StageError, match=r"step 4.*rows \[2, 3\]"):
+    with pytest.raises(StageError, match=r"step 4: the loss is no.*rows \[2, 3\] of the batch: noise 3/2, noise 3/3"):
         run.run()
     assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+class Shouting(Noise):
+    """From step `at` on the loss of row 1 is that of a model gone wrong."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._at = at
+        self._step = 0
+
+    def batch(self, step: int, rank: int, world_size: int) -> Rows:
+        self._step = step
+        return super().batch(step, rank, world_size)
+
+    def loss(self, model: nn.Module, rows: Rows) -> torch.Tensor:
+        louder = self._step >= self._at and torch.equal(rows.tokens[0], self._make(self._step, 4).tokens[1])
+        return super().loss(model, rows) * (40.0 if louder else 1.0)
+
+
+def test_a_loss_that_leaps_up_stops_before_the_weights_take_it_and_names_the_sample(tmp_path: Path) -> None:
+    config = TRAINING.model_copy(update={"steps": 40, "micro_batch_rows": 1, "eval_every_steps": 40})
+    _, before = trainer(tmp_path / "run", config=config, should_stop=stopping_after(34))
+    assert before.run().step == 34
+    model, run = trainer(tmp_path / "run", config=config, objective=Shouting(at=34))
+    with pytest.raises(
+        StageError, match=r"step 35: the loss leapt to .*rows \[1\] of the batch: noise 34/1;"
+    ) as caught:
+        run.run()
+    assert "the last checkpoint stands" in str(caught.value)
+    kept = Checkpoints(tmp_path / "run").load(34)
+    assert all(torch.equal(p, kept.tensors[f"model/{name}"]) for name, p in model.named_parameters())
+    unguarded = config.model_copy(update={"spike_nats": None})
+    _, run = trainer(tmp_path / "run", config=unguarded, objective=Shouting(at=34))
+    assert run.run().finished
+
+
+def test_a_stopped_and_resumed_run_drops_out_the_same(tmp_path: Path) -> None:
+    def run(folder: str, dropout: float, **more: Any) -> Any:
+        model, made = trainer(tmp_path / folder, **more)
+        for layer in model.get_decoder().layers:
+            layer.self_attn.attention_dropout = dropout
+        made.run()
+        return model
+
+    whole = run("whole", 0.3)
+    run("parts", 0.3, should_stop=stopping_after(5))
+    assert equal(whole, run("parts", 0.3))
+    assert not equal(whole, run("plain", 0.0))
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path) -> None:

@@ -168,6 +168,6 @@ def test_a_recipe_trains_on_a_mixture_of_best_fit_packed_corpora(cluster: None, 
     config = Recipe.model_validate({"name": "tiny", "stages": stages}).stages["pretrain"]
     assert isinstance(config, PretrainConfig)
     folders = {name: store.get(f"corpus/tiny-{name}@1").path for name in ("web", "mail")}
-    ledger = open_split("train", folders, config, tmp_path / "indexes").ledger
+    ledger = open_split("train", corpora=folders, config=config, row_tokens=128, indexes=tmp_path / "indexes").ledger
     shares = [(ledger(step)[:, 0] == 0).sum() for step in range(steps)]
     assert shares == [rows * 3 // 4] * change + [rows // 2] * (steps - change)

@@ -62,7 +62,9 @@ def publish(task: Task, text_from: Path) -> tuple[dict[str, Any], Path]:
         name="finetune", work=task.work, out=out, run=NoTracker().run("k", "n"), progress=lambda progress: None,
         check_lease=lambda: None, store=ArtifactStore(task.work / "store"), home=task.work, acted={},
     )  # fmt: skip
-    publication = Publication("Tiny", text_from, eos_token_ids=(4, 0), pad_token_id=0, facts={"Data": "pairs"})
+    publication = Publication(
+        "Tiny", "causal", text_from, eos_token_ids=(4, 0), pad_token_id=0, facts={"Data": "pairs"}
+    )
     return write_model(publication, untrained(), task.config, context), out
 
 
@@ -90,7 +92,7 @@ def test_a_run_that_diverges_tells_the_driver(folder: Path) -> None:
     run(task, Ranks(), CPU)
     failure = read_failure(task.work)
     assert isinstance(failure, StageError)
-    assert "diverged in step 2" in str(failure)
+    assert "diverged in step 2: the " in str(failure)
     clear_signals(task.work)
     assert read_failure(task.work) is None
 
