@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from actors.engine.decoder import LlamaDecoder
-from actors.engine.request import Completion, FinishReason, Request, StopStrings, TokenEvent
-from actors.engine.sampling import sample
-from actors.engine.scheduler import Scheduler, Sequence, Span, Turn
+from actors.engine.emission import emit, wanted
+from actors.engine.request import Completion, Request, TokenEvent
+from actors.engine.scheduler import Scheduler, Span, Turn
+from actors.engine.sequence import Sequence
 from actors.text import Text
-from configs.errors import ContractError, EngineError, GanymedeError, RequestError
+from configs.errors import ContractError, EngineError, RequestError
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -123,8 +124,7 @@ class Engine:
         if not turns:
             return events
         ended: list[Sequence] = []
-        for turn, token in self._run(turns):
-            event = _advance(turn.sequence, token)
+        for turn, event in emit(self._run(turns), turns):
             events.append(event)
             if event.error is not None:
                 # What spoiled the logits may be in the cache, where it would spread to the slot's next sequence.
@@ -187,16 +187,9 @@ class Engine:
 
     def _add(self, request: Request, *, bounded: bool) -> None:
         self._check(request)
-        sampling = request.sampling
-        sequence = Sequence(
-            request,
-            decoder=self.text.stream_decoder(),
-            stops=StopStrings(sampling.stop),
-            stop_ids=self.text.eos_token_ids.union(sampling.stop_token_ids),
-            max_tokens=min(len(request.prompt_ids) + sampling.max_new_tokens, self.context_length),
-        )
-        if sampling.max_new_tokens == 0:
-            self._ready[request.id] = _event(sequence, (), "", "length")
+        sequence = Sequence.start(request, self.text, context_length=self.context_length)
+        if request.sampling.max_new_tokens == 0:
+            self._ready[request.id] = sequence.end()
             return
         self._scheduler.add(sequence, bounded=bounded)
         self._sequences[request.id] = sequence
@@ -226,26 +219,13 @@ class Engine:
             )
 
     @torch.inference_mode()
-    def _run(self, turns: Items[Turn]) -> list[tuple[Turn, int | None]]:
-        """Runs a step; the turns that get a token, and which (None where the logits are unusable)."""
+    def _run(self, turns: Items[Turn]) -> torch.Tensor:
+        """Runs a step; the logits that `emit` needs."""
         hidden = self._decoder.forward([turn.span for turn in turns], self._cache)
-        complete: list[Turn] = []
-        last_tokens: list[int] = []
-        count = 0
         for turn in turns:
-            count += len(turn.span.tokens)
             turn.sequence.cached = turn.span.stop
-            if turn.completes:
-                complete.append(turn)
-                last_tokens.append(count - 1)
-        if not complete:
-            return []
-        if len(last_tokens) < count:
-            hidden = hidden[last_tokens]
-        logits = self._decoder.logits(hidden)
-        settings = [turn.sequence.request.sampling for turn in complete]
-        positions = [turn.span.stop for turn in complete]
-        return list(zip(complete, sample(logits, settings, positions), strict=True))
+        rows = wanted(turns)
+        return self._decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
 
     def _forget(self, sequences: Items[Sequence]) -> None:
         if not sequences:
@@ -254,38 +234,6 @@ class Engine:
             del self._sequences[sequence.request.id]
         for move in self._scheduler.remove(sequences):
             self._cache.move(move)
-
-
-def _advance(sequence: Sequence, token: int | None) -> TokenEvent:
-    """Adds a token to its sequence, and decides whether it is the last and what text may be shown."""
-    if token is None:
-        error = EngineError(
-            "the model's logits are not finite numbers",
-            received=f"position {len(sequence.tokens)}",
-            next_step="check the model's weights; in bf16, try precision fp32",
-        )
-        return _event(sequence, (), "", "error", error)
-    sequence.tokens.append(token)
-    at_stop_id = token in sequence.stop_ids
-    text, at_stop_string = sequence.stops.push("" if at_stop_id else sequence.decoder.push(token))
-    full = len(sequence.tokens) >= sequence.max_tokens
-    if (at_stop_id or full) and not at_stop_string:
-        tail, at_stop_string = sequence.stops.push(sequence.decoder.flush())
-        text += tail + sequence.stops.flush()
-    reason: FinishReason | None = "stop" if at_stop_id or at_stop_string else "length" if full else None
-    return _event(sequence, (token,), text, reason)
-
-
-def _event(
-    sequence: Sequence,
-    token_ids: tuple[int, ...],
-    text: str,
-    reason: FinishReason | None,
-    error: GanymedeError | None = None,
-) -> TokenEvent:
-    return TokenEvent(
-        sequence.request.id, token_ids, text, sequence.prompt_tokens, sequence.completion_tokens, reason, error
-    )
 
 
 def _dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -10,40 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from actors.engine.request import Request, StopStrings
-from actors.text import StreamDecoder
+from actors.engine.sequence import Sequence
 from configs.errors import OverloadedError
-
-
-@dataclass(eq=False)
-class Sequence:
-    """Bookkeeping of one request in flight."""
-
-    request: Request
-    decoder: StreamDecoder
-    stops: StopStrings
-    stop_ids: frozenset[int]
-    max_tokens: int
-    """Prompt and completion together end at this many tokens."""
-    tokens: list[int] = field(init=False)
-    """Prompt, then what was generated."""
-    cached: int = 0
-    """Tokens whose keys and values are in the cache."""
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_ids)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.request.prompt_ids)
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens generated so far."""
-        return len(self.tokens) - len(self.request.prompt_ids)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from actors.engine.request import Request, StopStrings
-from actors.engine.scheduler import Scheduler, Sequence
+from actors.engine.scheduler import Scheduler
+from actors.engine.sequence import Sequence
 from configs.errors import OverloadedError
 from configs.schema.generation import Sampling
 
