@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -47,6 +48,24 @@ class StreamDecoder(Protocol):
     def flush(self) -> str:
         """What is still held at the end; an incomplete character becomes U+FFFD."""
         ...
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """A text, or a pair of them, as an encoder reads it: with the tokens that the tokenizer puts around it.
+
+    One entry a token; a token that was put in has no word and no characters.
+    """
+
+    token_ids: tuple[int, ...]
+    type_ids: tuple[int, ...]
+    """0 in the first text, 1 in the second, where the model tells them apart."""
+    words: tuple[int | None, ...]
+    """Which word of its text a token is part of."""
+    offsets: tuple[tuple[int, int], ...]
+    """Where in its text the token's characters begin and end."""
+    truncated: bool = False
+    """Whether tokens were left out to fit a window."""
 
 
 class Text:
@@ -136,6 +155,32 @@ class Text:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands: nothing added, special tokens' names in it are ordinary characters."""
         return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_input(self, text: str, pair: str | None = None, *, window: int | None = None) -> ModelInput:
+        """What an encoder reads for a text: special tokens' names in it are ordinary characters.
+
+        Args:
+            text: any text.
+            pair: a second one, for models that judge two together.
+            window: tokens to fit into; the ends of the texts are left out, the longer one's first.
+        """
+        encoding = self._plain.encode(text, pair, add_special_tokens=True)
+        sides: tuple[list[int], list[int]] = ([], [])
+        for index, side in enumerate(encoding.sequence_ids):
+            if side is not None:
+                sides[side].append(index)
+        dropped: set[int] = set()
+        excess = 0 if window is None else len(encoding) - window
+        for _ in range(min(excess, sum(map(len, sides)))):
+            dropped.add(max(sides, key=len).pop())
+        kept = [index for index in range(len(encoding)) if index not in dropped]
+        return ModelInput(
+            token_ids=_picked(encoding.ids, kept),
+            type_ids=_picked(encoding.type_ids, kept),
+            words=_picked(encoding.word_ids, kept),
+            offsets=_picked(encoding.offsets, kept),
+            truncated=bool(dropped),
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
@@ -239,6 +284,10 @@ def verify_contract(folder: Path, contract: TextContract) -> None:
     found = text._fingerprint()
     if found != contract.hash:
         raise _mismatch(folder, f"hash {found[:12]}", f"hash {contract.hash[:12]}")
+
+
+def _picked(values: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(values[index] for index in indices)
 
 
 def _compare(folder: Path, what: str, found: Sequence[int], expected: Sequence[int]) -> None:
