@@ -1,16 +1,19 @@
 """From a step's logits to the events of its requests: which logits are needed, drawing, what is to be shown."""
 
-# ruff: noqa: N803 - names end in the shape of their tensor
+# ruff: noqa: N803, N806 - names end in the shape of their tensor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Items
 
 import torch
 
-from actors.engine.request import TokenEvent
-from actors.engine.sampling import sample
+from actors.engine.logprobs import describe
+from actors.engine.request import TokenEvent, TokenLogprob
+from actors.engine.sampling import Row, sample
 from actors.engine.scheduler import Turn
+from actors.engine.sequence import Sequence
 from configs.errors import EngineError
 
 
@@ -26,26 +29,74 @@ def wanted(turns: Items[Turn]) -> list[int]:
 
 @torch.inference_mode()
 def emit(logits_NV: torch.Tensor, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
-    """Gives each turn that is due one its next token; the turns that have something to show, and what.
+    """Scores prompts and gives each turn that is due one its next token; the turns with something to show, and what.
 
     Args:
         logits_NV: fp32, of the rows that `wanted` named; overwritten.
         turns: the step's, after it has run.
     """
-    due = [turn for turn in turns if _wanted(turn)]
-    if not due:
-        return []
-    settings = [turn.sequence.request.sampling for turn in due]
-    positions = [turn.span.stop for turn in due]
-    return [
-        (turn, turn.sequence.fail(_unusable(turn)) if token is None else turn.sequence.advance(token))
-        for turn, token in zip(due, sample(logits_NV, settings, positions), strict=True)
-    ]
+    events: list[tuple[Turn, TokenEvent]] = []
+    due: list[Turn] = []
+    rows: list[int] = []
+    first = 0
+    for turn in turns:
+        count = len(_wanted(turn))
+        sequence = turn.sequence
+        usable = True
+        if sequence.scores_prompt:
+            usable = _score_prompt(logits_NV[first : first + count], sequence, turn.span.start)
+        first += count
+        if not usable:
+            events.append((turn, sequence.fail(_unusable(turn))))
+        elif turn.completes and sequence.generates:
+            due.append(turn)
+            rows.append(first - 1)
+        elif turn.completes:
+            events.append((turn, sequence.end()))
+    if due:
+        events += zip(due, _draw(logits_NV if len(rows) == len(logits_NV) else logits_NV[rows], due), strict=True)
+    return events
 
 
 def _wanted(turn: Turn) -> range:
     """Positions of a turn whose logits are needed."""
-    return range(turn.span.stop - 1, turn.span.stop) if turn.completes else range(0)
+    sequence, span = turn.sequence, turn.span
+    draws = turn.completes and sequence.generates
+    if sequence.scores_prompt:
+        return range(span.start, span.stop if draws else min(span.stop, sequence.prompt_tokens - 1))
+    return range(span.stop - 1, span.stop) if draws else range(0)
+
+
+def _score_prompt(logits_TV: torch.Tensor, sequence: Sequence, start: int) -> bool:
+    """Records what the model thought of the prompt's tokens after position `start`; whether it can be used."""
+    targets = sequence.request.prompt_ids[start + 1 : start + 1 + len(logits_TV)]
+    top = sequence.request.sampling.prompt_logprobs or 0
+    entries = describe(logits_TV[: len(targets)].log_softmax(-1), targets, [top] * len(targets))
+    sequence.record_prompt(start + 1, entries)
+    return not any(math.isnan(entry.logprob) for entry in entries)
+
+
+def _draw(logits_BV: torch.Tensor, turns: Items[Turn]) -> list[TokenEvent]:
+    """The next token of each turn, with its log-probability where it was asked for."""
+    sequences = [turn.sequence for turn in turns]
+    asked = [index for index, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
+    logprobs_RV = logits_BV[asked].log_softmax(-1) if asked else None
+    drawn = sample(logits_BV, [_row(sequence, logits_BV.shape[-1]) for sequence in sequences])
+    entries: list[TokenLogprob | None] = [None] * len(turns)
+    if logprobs_RV is not None:
+        tops = [sequences[index].request.sampling.logprobs or 0 for index in asked]
+        found = describe(logprobs_RV, [drawn[index] or 0 for index in asked], tops)
+        for index, entry in zip(asked, found, strict=True):
+            entries[index] = entry
+    return [
+        turn.sequence.fail(_unusable(turn)) if token is None else turn.sequence.advance(token, entry)
+        for turn, token, entry in zip(turns, drawn, entries, strict=True)
+    ]
+
+
+def _row(sequence: Sequence, vocab: int) -> Row:
+    banned = () if sequence.may_stop else [token for token in sequence.stop_ids if token < vocab]
+    return Row(sequence.request.sampling, sequence.tokens, sequence.prompt_tokens, banned)
 
 
 def _unusable(turn: Turn) -> EngineError:

@@ -186,37 +186,15 @@ class Engine:
         return F.cross_entropy(logits, targets, reduction="none").view(len(rows), length).cpu()
 
     def _add(self, request: Request, *, bounded: bool) -> None:
-        self._check(request)
+        if request.id in self._sequences or request.id in self._ready:
+            raise RequestError("a request with this id is in flight", param="id", received=request.id)
+        request.check(context_length=self.context_length, vocab=self._decoder.shape.vocab)
         sequence = Sequence.start(request, self.text, context_length=self.context_length)
-        if request.sampling.max_new_tokens == 0:
+        if not (sequence.generates or sequence.scores_prompt):
             self._ready[request.id] = sequence.end()
             return
         self._scheduler.add(sequence, bounded=bounded)
         self._sequences[request.id] = sequence
-
-    def _check(self, request: Request) -> None:
-        prompt = request.prompt_ids
-        if request.id in self._sequences or request.id in self._ready:
-            raise RequestError("a request with this id is in flight", param="id", received=request.id)
-        if not prompt:
-            raise RequestError("the prompt is empty", param="prompt", allowed="at least one token")
-        if len(prompt) >= self.context_length:
-            raise RequestError(
-                "the prompt leaves no room in the model's context window",
-                param="prompt",
-                received=f"{len(prompt)} tokens",
-                allowed=f"at most {self.context_length - 1} tokens",
-                next_step="shorten the prompt",
-            )
-        vocab = self._decoder.shape.vocab
-        unknown = next((token for token in prompt if not 0 <= token < vocab), None)
-        if unknown is not None:
-            raise RequestError(
-                "the prompt holds a token id the model does not know",
-                param="prompt",
-                received=unknown,
-                allowed=f"0 to {vocab - 1}",
-            )
 
     @torch.inference_mode()
     def _run(self, turns: Items[Turn]) -> torch.Tensor:
