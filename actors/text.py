@@ -11,13 +11,14 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import jinja2
 from tokenizers import Tokenizer
 
-from actors.detokenizer import ByteStream, WindowStream, token_bytes
+from actors.detokenizer import ByteStream, Spelling, WindowStream, spelling, token_bytes
 from configs.artifacts import TextContract, hash_json
 from configs.errors import ContractError, RequestError
 
@@ -71,7 +72,7 @@ class ModelInput:
 class Text:
     """Tokenizer, chat template and special tokens of a tokenizer or model folder.
 
-    Made by `Text.load`. Instances are immutable and may be shared between threads.
+    Made by `Text.load`. Instances do not change and may be shared between threads.
     """
 
     def __init__(
@@ -185,6 +186,22 @@ class Text:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes: a special token's are its name's; of a token that does not exist there are none."""
+        if self.spelling is not None:
+            return self.spelling.tokens.get(token_id, b"")
+        return (self._tokenizer.id_to_token(token_id) or "").encode()
+
+    @cached_property
+    def spelling(self) -> Spelling | None:
+        """The bytes that tokens add to a text; None if these depend on the neighbours."""
+        return spelling(self._tokenizer)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a text."""
+        return frozenset(self._special_ids.values())
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one new sequence."""

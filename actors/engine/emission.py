@@ -81,22 +81,44 @@ def _draw(logits_BV: torch.Tensor, turns: Items[Turn]) -> list[TokenEvent]:
     sequences = [turn.sequence for turn in turns]
     asked = [index for index, sequence in enumerate(sequences) if sequence.request.sampling.logprobs is not None]
     logprobs_RV = logits_BV[asked].log_softmax(-1) if asked else None
-    drawn = sample(logits_BV, [_row(sequence, logits_BV.shape[-1]) for sequence in sequences])
+    drawn = sample(logits_BV, _rows(sequences, logits_BV.shape[-1]))
     entries: list[TokenLogprob | None] = [None] * len(turns)
     if logprobs_RV is not None:
         tops = [sequences[index].request.sampling.logprobs or 0 for index in asked]
         found = describe(logprobs_RV, [drawn[index] or 0 for index in asked], tops)
         for index, entry in zip(asked, found, strict=True):
             entries[index] = entry
+    return [_advance(*due) for due in zip(turns, drawn, entries, strict=True)]
+
+
+def _rows(sequences: Items[Sequence], vocab: int) -> list[Row]:
+    matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
+    masks = iter(())
+    if matchers:
+        # Here and not above: an engine that is asked for no structure needs no llguidance.
+        from actors.engine.structured import Matcher
+
+        masks = iter(Matcher.masks(matchers))
     return [
-        turn.sequence.fail(_unusable(turn)) if token is None else turn.sequence.advance(token, entry)
-        for turn, token, entry in zip(turns, drawn, entries, strict=True)
+        Row(
+            sequence.request.sampling,
+            sequence.tokens,
+            sequence.prompt_tokens,
+            banned=() if sequence.may_stop else [token for token in sequence.stop_ids if token < vocab],
+            allowed=None if sequence.matcher is None else next(masks),
+        )
+        for sequence in sequences
     ]
 
 
-def _row(sequence: Sequence, vocab: int) -> Row:
-    banned = () if sequence.may_stop else [token for token in sequence.stop_ids if token < vocab]
-    return Row(sequence.request.sampling, sequence.tokens, sequence.prompt_tokens, banned)
+def _advance(turn: Turn, token: int | None, entry: TokenLogprob | None) -> TokenEvent:
+    sequence = turn.sequence
+    if token is None:
+        return sequence.fail(_unusable(turn))
+    try:
+        return sequence.advance(token, entry)
+    except EngineError as error:
+        return sequence.fail(error)
 
 
 def _unusable(turn: Turn) -> EngineError:

@@ -9,8 +9,9 @@ engine a thread of its own. One device; Llama-architecture decoders.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from actors.engine.scheduler import Scheduler, Span, Turn
 from actors.engine.sequence import Sequence
 from actors.text import Text
 from configs.errors import ContractError, EngineError, RequestError
+
+if TYPE_CHECKING:
+    from actors.engine.structured import Structures
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -100,6 +104,14 @@ class Engine:
             max_queued=max_queued,
             prefill_tokens=prefill_tokens,
         )
+
+    @cached_property
+    def structures(self) -> Structures:
+        """What compiles the structures that requests ask for; may be asked from any thread, which keeps them."""
+        # Here and not above: an engine that is asked for no structure needs no llguidance.
+        from actors.engine.structured import Structures
+
+        return Structures(self.text)
 
     @property
     def has_work(self) -> bool:
@@ -189,7 +201,9 @@ class Engine:
         if request.id in self._sequences or request.id in self._ready:
             raise RequestError("a request with this id is in flight", param="id", received=request.id)
         request.check(context_length=self.context_length, vocab=self._decoder.shape.vocab)
-        sequence = Sequence.start(request, self.text, context_length=self.context_length)
+        structure = request.sampling.structure
+        matcher = None if structure is None else self.structures.matcher(structure)
+        sequence = Sequence.start(request, self.text, context_length=self.context_length, matcher=matcher)
         if not (sequence.generates or sequence.scores_prompt):
             self._ready[request.id] = sequence.end()
             return

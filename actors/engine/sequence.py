@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from actors.engine.request import FinishReason, Request, StopStrings, TokenEvent, TokenLogprob
 from actors.text import StreamDecoder, Text
 from configs.errors import GanymedeError
 
-
-class Matcher(Protocol):
-    """Follows a text through the structure it has to have."""
-
-    def accept(self, token: int) -> None:
-        """Takes the next token. Raises `EngineError` if it cannot follow, or the structure is beyond its limits."""
-        ...
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing may follow any more."""
-        ...
+if TYPE_CHECKING:
+    from actors.engine.structured import Matcher
 
 
 @dataclass(eq=False)
@@ -37,6 +27,7 @@ class Sequence:
     max_tokens: int
     """Prompt and completion together end at this many tokens."""
     matcher: Matcher | None = None
+    """Follows the text through the structure it has to have."""
     tokens: list[int] = field(init=False)
     """Prompt, then what was generated."""
     cached: int = 0
@@ -107,7 +98,7 @@ class Sequence:
         """
         watched = self.may_stop
         at_stop_id = watched and token in self.stop_ids
-        if self.matcher is not None and not at_stop_id:
+        if self.matcher is not None:
             self.matcher.accept(token)
         self.tokens.append(token)
         text, at_stop_string = "" if at_stop_id else self.decoder.push(token), False
