@@ -32,6 +32,7 @@ from actors.engine.encodings import (
     Task,
     spans,
 )
+from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.text import ModelInput, Text
 from configs.errors import ArtifactError, EngineError, OverloadedError, RequestError
@@ -46,8 +47,8 @@ _TASKS: dict[str, tuple[Task, Any]] = {
 """By the end of an architecture's name; any other embeds."""
 
 
-class Encoder:
-    """Reads many texts at once. Made by `Encoder.load`. Not thread-safe."""
+class EncoderEngine:
+    """Reads many texts at once. Made by `EncoderEngine.load`. Not thread-safe."""
 
     def __init__(
         self, model: Any, text: Text, *, task: Task, pooling: Pooling, batch_tokens: int, max_queued: int
@@ -114,14 +115,7 @@ class Encoder:
 
     def submit(self, request: EncodeRequest) -> None:
         """Queues a request. Raises `RequestError` if it cannot be served, `OverloadedError` if the queue is full."""
-        if len(self._queue) >= self._max_queued:
-            raise OverloadedError(
-                "the request queue is full",
-                received=f"{len(self._queue)} requests waiting",
-                allowed=f"{self._max_queued} waiting",
-                next_step="try again later, or raise max_queued or the number of replicas",
-            )
-        self._add(request)
+        self._add(request, bounded=True)
 
     def cancel(self, request_id: str) -> None:
         """Drops a request at once, without an event; one that has ended already is no error."""
@@ -144,7 +138,7 @@ class Encoder:
         events: dict[str, EncodeEvent] = {}
         try:
             for request in requests:
-                self._add(request)
+                self._add(request, bounded=False)
             while self.has_work:
                 events.update((event.request_id, event) for event in self.step())
         finally:
@@ -152,8 +146,15 @@ class Encoder:
                 self.cancel(request.id)
         return [events[request.id] for request in requests]
 
-    def _add(self, request: EncodeRequest) -> None:
+    def _add(self, request: EncodeRequest, *, bounded: bool) -> None:
         self._check(request)
+        if bounded and len(self._queue) >= self._max_queued:
+            raise OverloadedError(
+                "the request queue is full",
+                received=f"{len(self._queue)} requests waiting",
+                allowed=f"{self._max_queued} waiting",
+                next_step="try again later, or raise max_queued or the number of replicas",
+            )
         read = self.text.encode_input(request.text, request.pair)
         if len(read.token_ids) > self.context_length:
             if not request.truncate:
@@ -195,18 +196,15 @@ class Encoder:
 
     def _forward(self, reads: Sequence[ModelInput]) -> tuple[Any, torch.Tensor]:
         """The model's output for some texts, padded on the right; and where tokens are, [B, T]."""
-        longest = max(len(read.token_ids) for read in reads)
-        device = self._model.device
-        pad = self._model.config.pad_token_id or 0
-
-        def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-            return torch.tensor([[*row, *([fill] * (longest - len(row)))] for row in rows], device=device)
-
-        lengths_B1 = torch.tensor([[len(read.token_ids)] for read in reads], device=device)
-        mask_BT = torch.arange(longest, device=device) < lengths_B1
-        inputs = {"input_ids": padded([read.token_ids for read in reads], pad), "attention_mask": mask_BT.long()}
-        if getattr(self._model.config, "type_vocab_size", 0) > 1:
-            inputs["token_type_ids"] = padded([read.type_ids for read in reads], 0)
+        config, device = self._model.config, self._model.device
+        tokens = [read.token_ids for read in reads]
+        mask_BT = present(tokens, device)
+        inputs = {
+            "input_ids": padded(tokens, config.pad_token_id or 0, device),
+            "attention_mask": mask_BT.long(),
+        }
+        if getattr(config, "type_vocab_size", 0) > 1:
+            inputs["token_type_ids"] = padded([read.type_ids for read in reads], 0, device)
         return self._model(**inputs), mask_BT
 
     def _event(self, request: EncodeRequest, read: ModelInput, row: torch.Tensor) -> EncodeEvent:

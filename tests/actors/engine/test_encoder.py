@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from actors.engine.encoder import Encoder
+from actors.engine.encoder import EncoderEngine
 from actors.engine.encodings import Classification, Embedding, EncodeRequest, Piece, Tagging, spans
 from configs.errors import ArtifactError, CorruptArtifactError, EngineError, OverloadedError, RequestError
 
@@ -98,8 +98,8 @@ def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> MakeEncoder:
     return make
 
 
-def load(folder: Path, **options: Any) -> Encoder:
-    return Encoder.load(folder, precision="fp32", device="cpu", **options)
+def load(folder: Path, **options: Any) -> EncoderEngine:
+    return EncoderEngine.load(folder, precision="fp32", device="cpu", **options)
 
 
 @cache
