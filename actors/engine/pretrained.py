@@ -51,9 +51,15 @@ def check_vocabulary(folder: Path, tokens: int, config: Any) -> None:
 
 
 def load_modules(
-    folder: Path, auto_class: Any, *, dtype: torch.dtype, device: torch.device, optional: Collection[str] = ()
+    folder: Path,
+    auto_class: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    optional: Collection[str] = (),
 ) -> Any:
-    """The model of a folder as `auto_class` builds it, for inference.
+    """The model of a folder as `auto_class` builds it, for inference; `attention` as `transformers` names it.
 
     `transformers` gives weights that a file does not hold random values; here they are an error, but for modules
     whose names begin with one of `optional`. Raises `ArtifactError` if there are no safetensors weights or no such
@@ -65,7 +71,7 @@ def load_modules(
         model, info = auto_class.from_pretrained(
             folder,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

@@ -115,7 +115,7 @@ def test_a_failing_step_reaches_every_stream_and_later_requests(folder: Path) ->
         for stream in streams:
             await anext(stream)
         # A cache that is gone stands for a device that is lost.
-        del inner._cache._kv_LASKPD
+        del inner._cache._kv_LARKPD
         results = await asyncio.gather(*(drain(stream) for stream in streams), return_exceptions=True)
         return [*results, *await asyncio.gather(collect(engine, request("late")), return_exceptions=True)]
 
@@ -125,7 +125,7 @@ def test_a_failing_step_reaches_every_stream_and_later_requests(folder: Path) ->
 
     for error in asyncio.run(run()):
         assert isinstance(error, EngineError)
-        assert "_kv_LASKPD" in str(error)
+        assert "_kv_LARKPD" in str(error)
     assert not engine.healthy
     engine.close()
 
