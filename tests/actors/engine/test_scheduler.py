@@ -131,13 +131,16 @@ def prompts(draw: st.DrawFn) -> tuple[int, ...]:
     return (*base, *own)
 
 
-@settings(max_examples=400, deadline=None)
-@given(
+SCHEDULES = given(
     asked=st.lists(st.tuples(prompts(), st.integers(1, 90), st.booleans(), st.floats(0, 1)), min_size=1, max_size=12),
     capacity=st.integers(20, 700),
     limits=st.tuples(st.integers(1, 6), st.integers(1, 120), st.integers(1, 60)),
     seed=st.integers(0, 1000),
 )
+
+
+@settings(max_examples=200, deadline=None)
+@SCHEDULES
 def test_every_sequence_ends_once_with_the_tokens_it_would_have_alone(
     asked: list[tuple[tuple[int, ...], int, bool, float]], capacity: int, limits: tuple[int, int, int], seed: int
 ) -> None:
@@ -189,6 +192,12 @@ def test_every_sequence_ends_once_with_the_tokens_it_would_have_alone(
         assert one.reused < one.prompt_tokens
 
 
+@pytest.mark.slow
+def test_the_same_holds_over_thousands_of_schedules() -> None:
+    one = test_every_sequence_ends_once_with_the_tokens_it_would_have_alone.hypothesis.inner_test
+    settings(max_examples=5000, deadline=None, database=None)(SCHEDULES(one))()
+
+
 def test_a_full_cache_drives_out_the_youngest_which_goes_on_later() -> None:
     world = World(scheduler(cache_tokens=256, longest=256, max_sequences=4), 256)
     asked = [sequence(str(n), (n,) * 10, new=150) for n in range(4)]
@@ -207,13 +216,13 @@ def test_a_full_cache_drives_out_the_youngest_which_goes_on_later() -> None:
 def test_rows_narrow_again_once_that_lets_waiting_sequences_in() -> None:
     world = World(scheduler(cache_tokens=512, longest=512, max_sequences=8), 512)
     world.scheduler.add(sequence("long", tuple(range(300)), new=1))
-    for n in range(8):
+    for n in range(6):
         world.scheduler.add(sequence(str(n), (n,) * 10))
     while not (turns := world.step()):
         assert world.scheduler.rows.count == 1
     world.scheduler.remove([turn.sequence for turn in turns])
     world.step()
-    assert len(world.scheduler.running) == 8
+    assert len(world.scheduler.running) == 6
 
 
 def finish(world: World) -> None:
