@@ -34,6 +34,7 @@ from actors.engine.encodings import (
 )
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
+from actors.engine.runner import check_kind
 from actors.text import ModelInput, Text
 from configs.errors import ArtifactError, EngineError, OverloadedError, RequestError
 
@@ -170,6 +171,7 @@ class EncoderEngine:
         self._queue.add(request.id, len(read.token_ids))
 
     def _check(self, request: EncodeRequest) -> None:
+        check_kind(request, EncodeRequest, "is an encoder, which reads texts and does not generate any")
         if request.id in self._waiting:
             raise RequestError("a request with this id is in flight", param="id", received=request.id)
         if request.task != self.task:

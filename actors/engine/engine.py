@@ -10,6 +10,7 @@ own. One device; decoder-only models.
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -20,6 +21,7 @@ from actors.engine.emission import emit, wanted
 from actors.engine.modules import Decoder, DecoderChoice, load_decoder
 from actors.engine.pretrained import Precision, check_vocabulary, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
+from actors.engine.runner import check_kind
 from actors.engine.scheduler import Scheduler, Span, Turn
 from actors.engine.sequence import Sequence
 from actors.text import Text
@@ -144,7 +146,7 @@ class Engine:
         if not step.turns:
             return events
         ended: list[Sequence] = []
-        for turn, event in emit(self._run(step.turns), step.turns):
+        for turn, event in self._run(step.turns):
             events.append(event)
             if event.error is not None:
                 self._scheduler.discard(turn.sequence)
@@ -206,6 +208,7 @@ class Engine:
         return F.cross_entropy(logits, targets, reduction="none").view(len(rows), length).cpu()
 
     def _add(self, request: Request, *, bounded: bool) -> None:
+        check_kind(request, Request, "generates, and neither classifies nor embeds")
         if request.id in self._sequences or request.id in self._ready:
             raise RequestError("a request with this id is in flight", param="id", received=request.id)
         request.check(context_length=self.context_length, vocab=self._decoder.vocab)
@@ -216,17 +219,43 @@ class Engine:
         self._scheduler.add(sequence, bounded=bounded)
         self._sequences[request.id] = sequence
 
-    @torch.inference_mode()
-    def _run(self, turns: Items[Turn]) -> torch.Tensor:
-        """Runs a step; the logits that `emit` needs."""
-        logits = self._decoder.run([turn.span for turn in turns], self._cache, wanted(turns))
-        for turn in turns:
-            turn.sequence.cached = turn.span.stop
-            self.tokens_run += len(turn.span.tokens)
-        return logits
+    def _run(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
+        """Runs turns and draws from their logits; in parts if the device has no memory for all of them at once."""
+        try:
+            with torch.inference_mode():
+                logits = self._decoder.run([turn.span for turn in turns], self._cache, wanted(turns))
+            events = emit(logits, turns)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            shortage = str(error)
+        else:
+            for turn in turns:
+                turn.sequence.cached = turn.span.stop
+                self.tokens_run += len(turn.span.tokens)
+            return events
+        # Nothing has changed but rows behind what is `cached`, so that turns can be run again. This is not done in
+        # the handler, where the error would keep the failed attempt's tensors.
+        if len(turns) > 1:
+            half = len(turns) // 2
+            return self._run(turns[:half]) + self._run(turns[half:])
+        turn, span = turns[0], turns[0].span
+        if len(span.tokens) > 1:
+            return self._run([replace(turn, span=replace(span, tokens=span.tokens[: len(span.tokens) // 2]))])
+        failure = EngineError(
+            "no memory to go on with this request",
+            received=f"position {span.start}: {shortage.splitlines()[0]}",
+            next_step="lower cache_tokens or max_sequences, or shorten the prompt",
+        )
+        return [(turn, turn.sequence.fail(failure))]
 
     def _forget(self, sequences: Items[Sequence]) -> None:
         if sequences:
             self._scheduler.remove(sequences)
         for sequence in sequences:
             del self._sequences[sequence.request.id]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch has a type for this on a GPU, and only a message on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

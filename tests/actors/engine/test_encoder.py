@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from actors.engine.encoder import EncoderEngine
 from actors.engine.encodings import Classification, Embedding, EncodeRequest, Piece, Tagging, spans
@@ -27,75 +26,8 @@ SENTENCES = [
     "[SEP] and </s> are words here",
 ]
 LABELS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
-SHAPES: dict[str, dict[str, Any]] = {
-    "bert": {}, "distilbert": {}, "modernbert": {"local_attention": 8}, "roberta": {"type_vocab_size": 1},
-    "xlm-roberta": {"type_vocab_size": 1},
-}  # fmt: skip
-NAMES = {"bert": "Bert", "distilbert": "DistilBert", "modernbert": "ModernBert", "roberta": "Roberta",
-         "xlm-roberta": "XLMRoberta"}  # fmt: skip
+KINDS = ("bert", "distilbert", "modernbert", "roberta", "xlm-roberta")
 MakeEncoder = Callable[..., Path]
-
-
-def wordpiece() -> Tokenizer:
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=160, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return tokenizer
-
-
-def byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def make_encoder(tmp_path_factory: pytest.TempPathFactory) -> MakeEncoder:
-    """Folder of a random encoder: model type, head ("" is none) and config keys."""
-
-    @cache
-    def make(kind: str, head: str = "", labels: tuple[str, ...] = LABELS, **config: Any) -> Path:
-        torch.manual_seed(0)
-        roberta = "roberta" in kind
-        shape = {
-            "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "max_position_embeddings": 96, "initializer_range": 0.3, "type_vocab_size": 2,
-            "pad_token_id": 1 if roberta else 0, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 2,
-            "sep_token_id": 3, "id2label": dict(enumerate(labels)),
-        }  # fmt: skip
-        if kind == "distilbert":
-            shape |= {"dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "sinusoidal_pos_embds": False}
-            for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-                del shape[key]
-        made = AutoConfig.for_model(kind, **(shape | SHAPES[kind] | config))
-        model = getattr(transformers, NAMES[kind] + (head or "Model"))(made)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        folder = tmp_path_factory.mktemp(kind)
-        model.save_pretrained(folder)
-        specials = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"} if roberta else {
-            "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}  # fmt: skip
-        tokenizer = byte_level() if roberta else wordpiece()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials).save_pretrained(folder)
-        return folder
-
-    return make
 
 
 def load(folder: Path, **options: Any) -> EncoderEngine:
@@ -124,7 +56,7 @@ def texts(count: int, seed: int) -> list[str]:
     return [" ".join(draw.choices(words, k=draw.randrange(1, 14)))[:110] for _ in range(count)]
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_probabilities_equal_the_plain_forward_pass_in_any_batch(make_encoder: MakeEncoder, kind: str) -> None:
     folder = make_encoder(kind, "ForSequenceClassification")
     asked = [
@@ -143,7 +75,7 @@ def test_probabilities_equal_the_plain_forward_pass_in_any_batch(make_encoder: M
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_equal_the_plain_forward_pass_in_any_batch(make_encoder: MakeEncoder, kind: str) -> None:
     folder = make_encoder(kind)
     engine = load(folder, batch_tokens=200)
@@ -161,7 +93,7 @@ def test_embeddings_equal_the_plain_forward_pass_in_any_batch(make_encoder: Make
             assert event.prompt_tokens == len(engine.text.encode_input(request.text).token_ids)
 
 
-@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_words_have_their_first_tokens_label_and_their_own_characters(make_encoder: MakeEncoder, kind: str) -> None:
     folder = make_encoder(kind, "ForTokenClassification")
     asked = [EncodeRequest(str(n), text, "tag") for n, text in enumerate(SENTENCES)]
