@@ -53,18 +53,21 @@ def emit(logits_NV: torch.Tensor, turns: Items[Turn]) -> list[tuple[Turn, TokenE
             rows.append(first - 1)
         elif turn.completes:
             events.append((turn, sequence.end()))
+        elif count and not bool(logits_NV[first - 1].isfinite().all()):
+            # At once: copies of a spoiled row would spread it, and attention that multiplies what lies in it by 0.
+            events.append((turn, sequence.fail(_unusable(turn))))
     if due:
         events += zip(due, _draw(logits_NV if len(rows) == len(logits_NV) else logits_NV[rows], due), strict=True)
     return events
 
 
 def _wanted(turn: Turn) -> range:
-    """Positions of a turn whose logits are needed."""
+    """Positions of a turn whose logits are needed: to draw, to score, or to see that they are numbers."""
     sequence, span = turn.sequence, turn.span
     draws = turn.completes and sequence.generates
     if sequence.scores_prompt:
         return range(span.start, span.stop if draws else min(span.stop, sequence.prompt_tokens - 1))
-    return range(span.stop - 1, span.stop) if draws else range(0)
+    return range(span.stop - 1, span.stop)
 
 
 def _score_prompt(logits_TV: torch.Tensor, sequence: Sequence, start: int) -> bool:

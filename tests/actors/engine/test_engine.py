@@ -1,7 +1,10 @@
 """Parity with transformers, independence of the batch, ends of requests, and errors."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -251,16 +254,21 @@ def test_a_full_queue_refuses_and_keeps_what_it_holds(make_model) -> None:
     engine.submit(asked[3])
 
 
-def test_unusable_logits_end_their_own_request_only(make_model, tmp_path: Path) -> None:
-    folder = make_model(tied=False)
-    healthy = Engine.load(folder, max_sequences=3, precision="fp32", device="cpu")
-    broken = tmp_path / "model"
+def spoiled(folder: Path, broken: Path) -> Path:
+    """A copy of a model that yields NaN after token 500."""
     broken.mkdir()
     for file in folder.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     weights = load_file(broken / "model.safetensors")
     weights["model.embed_tokens.weight"][500] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    return broken
+
+
+def test_unusable_logits_end_their_own_request_only(make_model, tmp_path: Path) -> None:
+    folder = make_model(tied=False)
+    healthy = Engine.load(folder, max_sequences=3, precision="fp32", device="cpu")
+    broken = spoiled(folder, tmp_path / "model")
     engine = Engine.load(broken, max_sequences=3, precision="fp32", device="cpu")
     sampling = Sampling(max_new_tokens=10, temperature=0)
     good = [Request(f"good {n}", tuple(i for i in prompt(20, n) if i != 500), sampling) for n in range(6)]
@@ -272,6 +280,80 @@ def test_unusable_logits_end_their_own_request_only(make_model, tmp_path: Path) 
     for request in bad:
         assert got[request.id].finish_reason == "error"
         assert isinstance(got[request.id].error, EngineError)
+
+
+@pytest.mark.parametrize("where", [3, 40])
+def test_what_spoiled_a_row_never_reaches_another_request(make_model, tmp_path: Path, where: int) -> None:
+    """Through beginnings that are shared, rows that are moved or left behind, and prompts in several chunks."""
+    folder = make_model(tied=False, end=False)
+    healthy = Engine.load(folder, precision="fp32", device="cpu")
+    broken = spoiled(folder, tmp_path / "model")
+    engine = Engine.load(broken, max_sequences=4, prefill_tokens=16, cache_tokens=200, precision="fp32", device="cpu")
+    draw = random.Random(where)
+    shared = tuple(i for i in prompt(60, 1) if i != 500)[:50]
+    greedy = Sampling(max_new_tokens=12, temperature=0, logit_bias={500: -100})
+    asked = []
+    for n in range(40):
+        ids = shared[: draw.randrange(1, 50)] + tuple(i for i in prompt(20, 100 + n) if i != 500)
+        bad = n % 3 == 0
+        asked.append(
+            Request(f"{'bad' if bad else 'good'} {n}", (*ids[:where], 500, *ids[where:]) if bad else ids, greedy)
+        )
+    got = engine.generate(asked)
+    expected = iter(healthy.generate([request for request in asked if request.id.startswith("good")]))
+    for request, completion in zip(asked, got, strict=True):
+        if request.id.startswith("good"):
+            assert completion == next(expected)
+        else:
+            assert isinstance(completion.error, EngineError)
+            assert not completion.token_ids
+
+
+def test_a_request_that_the_memory_cannot_hold_fails_alone(make_model) -> None:
+    engine = Engine.load(make_model(end=False), max_sequences=4, precision="fp32", device="cpu")
+    asked = [Request(str(n), (*prompt(20, n), 400 + n), Sampling(max_new_tokens=9, temperature=0)) for n in range(4)]
+    alone = [engine.generate([one])[0] for one in asked]
+    run = engine._decoder.run
+
+    def short_of_memory(spans, cache, wanted):
+        if any(402 in span.tokens for span in spans):
+            raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+        return run(spans, cache, wanted)
+
+    engine._decoder.run = short_of_memory  # stands for the device
+    got = engine.generate(asked)
+    assert [got[n] for n in (0, 1, 3)] == [alone[n] for n in (0, 1, 3)]
+    assert isinstance(got[2].error, EngineError)
+    assert "2 GiB" in str(got[2].error)
+    engine._decoder.run = run
+    assert engine.generate([asked[2]]) == [alone[2]]
+
+
+_SHORT_OF_MEMORY = """
+import resource, sys
+from pathlib import Path
+from actors.engine.engine import Engine
+from actors.engine.request import Request
+from configs.schema.generation import Sampling
+
+engine = Engine.load(Path(sys.argv[1]), max_sequences=2, prefill_tokens=1500, precision="fp32", device="cpu")
+asked = Request("long", tuple(5 + n % 500 for n in range(1500)), Sampling(max_new_tokens=3, temperature=0))
+engine.generate([Request("warm", (5,) * 20, Sampling(max_new_tokens=3))])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20), used + (150 << 20)))
+completion = engine.generate([asked])[0]
+print(completion.finish_reason, len(completion.token_ids), engine.tokens_run)
+"""
+
+
+def test_a_step_that_the_memory_cannot_hold_is_run_in_parts(make_model) -> None:
+    """1,500 tokens at once need 240 MB for one layer's gate and up projection; the process is given 150."""
+    folder = make_model(end=False, intermediate_size=20_000, max_position_embeddings=2048)
+    ran = subprocess.run(
+        [sys.executable, "-c", _SHORT_OF_MEMORY, str(folder)], capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
+    )  # fmt: skip
+    assert ran.stdout.split() == ["length", "3", str(20 + 2 + 1500 + 2)]
 
 
 def test_a_small_cache_gives_the_same_tokens_one_after_the_other(make_model) -> None:
