@@ -309,6 +309,35 @@ def test_what_spoiled_a_row_never_reaches_another_request(make_model, tmp_path: 
             assert not completion.token_ids
 
 
+def test_a_spoiled_prompt_that_is_moved_before_its_end_leaves_nothing_behind(make_model, tmp_path: Path) -> None:
+    folder = make_model(tied=False, end=False, max_position_embeddings=1024)
+    broken = spoiled(folder, tmp_path / "model")
+    engine = Engine.load(broken, max_sequences=3, prefill_tokens=32, precision="fp32", device="cpu")
+    clean = tuple(i for i in prompt(40, 9) if i != 500)
+    asked = {
+        "ends first": Request("ends first", clean[:5], Sampling(max_new_tokens=4, temperature=0)),
+        "stays": Request("stays", clean[5:25], Sampling(max_new_tokens=40, temperature=0)),
+        "spoiled": Request("spoiled", (500, *prompt(900, 3)), Sampling(max_new_tokens=4, temperature=0)),
+        "comes last": Request("comes last", clean[25:28], Sampling(max_new_tokens=9, temperature=0)),
+    }
+    for name in ("ends first", "stays", "spoiled"):
+        engine.submit(asked[name])
+    events = defaultdict(list)
+    ended: set[str] = set()
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+            if event.finish_reason is not None:
+                ended.add(event.request_id)
+        if "ends first" in ended and "comes last" not in events:
+            engine.step()
+            engine.submit(asked["comes last"])
+            events["comes last"] = []
+    healthy = Engine.load(folder, precision="fp32", device="cpu")
+    for name in ("ends first", "comes last"):
+        assert Completion.of(events[name]) == healthy.generate([asked[name]])[0]
+
+
 def test_a_request_that_the_memory_cannot_hold_fails_alone(make_model) -> None:
     engine = Engine.load(make_model(end=False), max_sequences=4, precision="fp32", device="cpu")
     asked = [Request(str(n), (*prompt(20, n), 400 + n), Sampling(max_new_tokens=9, temperature=0)) for n in range(4)]
