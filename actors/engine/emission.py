@@ -14,6 +14,7 @@ from actors.engine.request import TokenEvent, TokenLogprob
 from actors.engine.sampling import Row, sample
 from actors.engine.scheduler import Turn
 from actors.engine.sequence import Sequence
+from actors.engine.structured import masks
 from configs.errors import EngineError
 
 
@@ -96,19 +97,14 @@ def _draw(logits_BV: torch.Tensor, turns: Items[Turn]) -> list[TokenEvent]:
 
 def _rows(sequences: Items[Sequence], vocab: int) -> list[Row]:
     matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
-    masks = iter(())
-    if matchers:
-        # Here and not above: an engine that is asked for no structure needs no llguidance.
-        from actors.engine.structured import Matcher
-
-        masks = iter(Matcher.masks(matchers))
+    allowed = iter(masks(matchers) if matchers else ())
     return [
         Row(
             sequence.request.sampling,
             sequence.tokens,
             sequence.prompt_tokens,
             banned=() if sequence.may_stop else [token for token in sequence.stop_ids if token < vocab],
-            allowed=None if sequence.matcher is None else next(masks),
+            allowed=None if sequence.matcher is None else next(allowed),
         )
         for sequence in sequences
     ]

@@ -24,11 +24,12 @@ from actors.engine.request import Completion, Request, TokenEvent
 from actors.engine.runner import check_kind
 from actors.engine.scheduler import Scheduler, Span, Turn
 from actors.engine.sequence import Sequence
+from actors.engine.structured import Structures
 from actors.text import Text
 from configs.errors import EngineError, RequestError
 
-_MIXED_PREFILL_TOKENS = 64
-"""Prompt tokens in a step with decoding sequences at most, so that these are delayed little."""
+_MIXED_PREFILL_TOKENS = 32
+"""Prompt tokens in a step with a few decoding sequences, on a CPU: they take about as long as two steps without."""
 
 _SCORE_TOKENS = 2048
 """Tokens scored at once: bounds the logits held, 32 MB for a vocabulary of 4096."""
@@ -46,11 +47,14 @@ class Engine:
         cache_tokens: int | None,
         max_queued: int,
         prefill_tokens: int,
+        mixed_prefill_tokens: int,
     ) -> None:
         capacity = decoder.context * max_sequences if cache_tokens is None else cache_tokens
         self.text = text
         self.context_length = min(decoder.context, capacity)
         """Most tokens of a request, prompt and completion together."""
+        self.structures = Structures(text)
+        """Compiles what texts are held to; any thread may have it do so ahead of a request."""
         self._decoder = decoder
         self._scheduler = Scheduler(
             cache_tokens=capacity,
@@ -58,7 +62,7 @@ class Engine:
             max_sequences=max_sequences,
             max_queued=max_queued,
             prefill_tokens=prefill_tokens,
-            mixed_prefill_tokens=min(prefill_tokens, _MIXED_PREFILL_TOKENS),
+            mixed_prefill_tokens=mixed_prefill_tokens,
         )
         rows = self._scheduler.rows
         self._cache = decoder.new_cache(capacity)
@@ -91,7 +95,8 @@ class Engine:
                 it is full, the youngest sequences wait and are run again. The model's context window for each
                 sequence unless set; if less than one window, no request can be longer.
             max_queued: requests that may wait before `submit` refuses.
-            prefill_tokens: prompt tokens run in one step at most.
+            prefill_tokens: prompt tokens run in one step at most; on a CPU fewer while sequences decode, so that a
+                long prompt delays none of their tokens by more than the time of two steps.
             precision: `auto` is bf16 on a GPU and on processors with bf16 arithmetic, fp32 elsewhere.
             device: a torch device; `auto` is the first GPU if there is one.
             decoder: `lean` for models shaped like Llama, `modules` for any other; `auto` takes the lean one if it
@@ -110,6 +115,7 @@ class Engine:
             cache_tokens=cache_tokens,
             max_queued=max_queued,
             prefill_tokens=prefill_tokens,
+            mixed_prefill_tokens=_MIXED_PREFILL_TOKENS if where.type == "cpu" else prefill_tokens,
         )
 
     @property
@@ -212,7 +218,8 @@ class Engine:
         if request.id in self._sequences or request.id in self._ready:
             raise RequestError("a request with this id is in flight", param="id", received=request.id)
         request.check(context_length=self.context_length, vocab=self._decoder.vocab)
-        sequence = Sequence.start(request, self.text, context_length=self.context_length)
+        matcher = self.structures.matcher(request.sampling.structure)
+        sequence = Sequence.start(request, self.text, context_length=self.context_length, matcher=matcher)
         if not (sequence.generates or sequence.scores_prompt):
             self._ready[request.id] = sequence.end()
             return

@@ -32,6 +32,7 @@ from actors.engine.scheduler import Scheduler, Turn
 from actors.engine.seq2seq_decoder import Seq2SeqDecoder
 from actors.engine.sequence import Sequence
 from actors.engine.sources import Source, SourceRows
+from actors.engine.structured import Structures
 from actors.text import Text
 from configs.errors import ArtifactError, EngineError, OverloadedError, RequestError
 
@@ -102,6 +103,8 @@ class Seq2SeqEngine:
         batch_tokens: int,
     ) -> None:
         self.text = text
+        self.structures = Structures(text)
+        """Compiles what texts are held to; any thread may have it do so ahead of a request."""
         self.context_length = context_length
         """Most tokens of a source, and of a target with those that it begins with."""
         self._encoder = encoder
@@ -262,7 +265,8 @@ class Seq2SeqEngine:
     def _add(self, request: Request, *, bounded: bool) -> None:
         self._check(request)
         framed = replace(request, prompt_ids=self._frame.start)
-        target = Target.start(framed, self.text, context_length=self.context_length)
+        matcher = self.structures.matcher(request.sampling.structure)
+        target = Target.start(framed, self.text, context_length=self.context_length, matcher=matcher)
         if not target.generates:
             self._ready[request.id] = replace(target.end(), prompt_tokens=len(request.prompt_ids))
             return

@@ -11,7 +11,7 @@ from actors.text import StreamDecoder, Text
 from configs.errors import GanymedeError
 
 if TYPE_CHECKING:
-    from actors.engine.structured import Matcher
+    from actors.engine.grammars import Matcher
 
 
 @dataclass(eq=False)
@@ -44,7 +44,7 @@ class Sequence:
         self.tokens = list(self.request.prompt_ids)
 
     @classmethod
-    def start(cls, request: Request, text: Text, *, context_length: int, matcher: Matcher | None = None) -> Self:
+    def start(cls, request: Request, text: Text, *, context_length: int, matcher: Matcher | None) -> Self:
         """A request's state before its first step."""
         sampling = request.sampling
         return cls(

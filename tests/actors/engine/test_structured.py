@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.engine.engine import Engine
 from actors.engine.request import Completion, Request
-from actors.engine.structured import Matcher, Structures
+from actors.engine.seq2seq import Seq2SeqEngine
+from actors.engine.structured import Structures, masks
 from actors.text import Text
 from configs.errors import RequestError
 from configs.schema.generation import Sampling, Structure
@@ -274,6 +275,16 @@ def test_sentencepiece_like_tokenizers_are_held_to_structures(make: Callable[[],
         answers(engine, [Structure(regex=" +x")])
 
 
+def test_an_encoder_decoder_is_held_to_a_structure(make_seq2seq: Callable[[str], Path]) -> None:
+    engine = Seq2SeqEngine.load(make_seq2seq("t5"), precision="fp32", device="cpu")
+    sampling = Sampling(max_new_tokens=40, structure=Structure(regex="[a-f]{6}"), logprobs=1)
+    requests = [Request(str(n), (5 + n, 7, 9), sampling.model_copy(update={"seed": n})) for n in range(6)]
+    for done in engine.generate(requests):
+        assert done.finish_reason == "stop"
+        assert re.fullmatch("[a-f]{6}", done.text)
+        assert len(done.logprobs) == len(done.token_ids)
+
+
 def test_a_model_without_an_end_token_ends_where_nothing_can_follow(tmp_path: Path) -> None:
     engine = engine_with(sentencepiece_bpe(), tmp_path, eos=None)
     for done in answers(engine, [Structure(regex="[a-c]{4}")] * 5):
@@ -295,11 +306,12 @@ def test_the_time_a_mask_takes_is_shown(tokenizer_folder: Path, capsys: pytest.C
     }
     structures = Structures(text)
     matcher = structures.matcher(Structure(json_schema=json.dumps(schema)))
+    assert matcher is not None
     ids = text.encode('{"a": "some text that goes on for a while", "b": [1, 22, 333, 4444]}')
     seconds = []
     for token in ids:
         began = time.perf_counter()
-        Matcher.masks([matcher])
+        masks([matcher])
         seconds.append(time.perf_counter() - began)
         matcher.accept(token)
     with capsys.disabled():
