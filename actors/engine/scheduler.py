@@ -16,8 +16,11 @@ from actors.engine.rows import Command, Rows
 from actors.engine.sequence import Sequence
 from configs.errors import OverloadedError
 
-_CHUNK = 16
-"""Tokens of a prompt that a step runs at least, if it runs any of it: below this, a chunk's own cost shows."""
+_MOST_FILLING = 8
+"""Sequences part way through their prompts: enough to find short ones among them; decoding reads past their rows."""
+_PREFILL_PER_DECODE = 2
+"""Prompt tokens that a step runs for each decoding sequence: on a CPU they cost alike, so steps take three times as
+long at most."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Scheduler:
         longest: tokens of the longest sequence there can be; no more than `cache_tokens`.
         max_sequences: sequences that run together at most.
         max_queued: sequences that may wait beyond those that the next step starts.
-        prefill_tokens: prompt tokens a step runs at most while no sequence decodes.
-        mixed_prefill_tokens: the same while sequences decode, which wait for it.
+        prefill_tokens: prompt tokens a step runs at most.
+        mixed_prefill_tokens: the same while a few sequences decode, which wait for it; more if many do.
     """
 
     def __init__(
@@ -153,14 +156,13 @@ class Scheduler:
             self.preemptions += 1
 
     def _admit(self) -> None:
-        """Gives rows to those that wait, as long as there are rows and the step can run some of their tokens."""
+        """Gives rows to those that wait, as long as there are rows and not many prompts are unfinished."""
         running = self.running
-        decoding = any(_missing(s) == 1 for s in running)
         filling = sum(_missing(s) > 1 and s not in self._led for s in running)
         while (
             self.waiting
             and len(running) < self._max_sequences
-            and filling * _CHUNK < self._budget(decoding)
+            and filling < _MOST_FILLING
             and self._has_row_for(self.waiting[0], running)
         ):
             sequence = self.waiting.popleft()
@@ -199,13 +201,15 @@ class Scheduler:
         ready = [sequence for sequence in self.running if sequence not in self._led]
         decoding = [sequence for sequence in ready if _missing(sequence) == 1]
         filling = sorted((s for s in ready if _missing(s) > 1), key=lambda s: s.arrival)
-        shares = _shares([_missing(s) for s in filling], self._budget(bool(decoding)))
+        shares = _shares([_missing(s) for s in filling], self._budget(len(decoding))) if filling else []
         return [_turn(s, 1) for s in decoding] + [
             _turn(s, share) for s, share in zip(filling, shares, strict=True) if share
         ]
 
-    def _budget(self, decoding: bool) -> int:
-        return self._mixed_prefill_tokens if decoding else self._prefill_tokens
+    def _budget(self, decoding: int) -> int:
+        if not decoding:
+            return self._prefill_tokens
+        return min(self._prefill_tokens, max(self._mixed_prefill_tokens, _PREFILL_PER_DECODE * decoding))
 
     def _leave(self, sequence: Sequence) -> None:
         self._led.pop(sequence, None)
@@ -217,14 +221,11 @@ def _missing(sequence: Sequence) -> int:
 
 
 def _shares(missing: Tokens[int], budget: int) -> list[int]:
-    """Equal parts of a budget, so that a short prompt does not wait for a long one; the rest is for the oldest."""
-    even = max(_CHUNK, budget // max(1, len(missing)))
-    shares = []
-    for count in missing:
-        shares.append(min(count, even, budget))
-        budget -= shares[-1]
-    for index, count in enumerate(missing):
-        more = min(count - shares[index], budget)
+    """Half of a budget for the oldest, which never starves then; the rest for those that need least to begin."""
+    shares = [0] * len(missing)
+    by_need = sorted(range(1, len(missing)), key=lambda index: missing[index])
+    for index, most in [(0, budget - budget // 2), *((index, budget) for index in (*by_need, 0))]:
+        more = min(missing[index] - shares[index], most, budget)
         shares[index] += more
         budget -= more
     return shares

@@ -375,6 +375,7 @@ print(completion.finish_reason, len(completion.token_ids), engine.tokens_run)
 """
 
 
+@pytest.mark.slow
 def test_a_step_that_the_memory_cannot_hold_is_run_in_parts(make_model) -> None:
     """1,500 tokens at once need 240 MB for one layer's gate and up projection; the process is given 150."""
     folder = make_model(end=False, intermediate_size=20_000, max_position_embeddings=2048)
@@ -423,7 +424,7 @@ def test_a_conversation_continues_on_what_its_last_turn_left(make_model) -> None
     greedy = Sampling(max_new_tokens=10, temperature=0)
     first = engine.generate([Request("1", prompt(30, 1), greedy)])[0]
     second = Request("2", (*prompt(30, 1), *first.token_ids, *prompt(5, 2)), greedy)
-    engine.generate([Request(str(n), prompt(30, 50 + n), greedy) for n in range(20)])
+    engine.generate([Request(str(n), prompt(30, 50 + n), greedy) for n in range(6)])
     continued = engine.generate([second])[0]
     assert continued.cached_tokens == 39
     fresh = Engine.load(make_model(end=False), precision="fp32", device="cpu").generate([second])[0]

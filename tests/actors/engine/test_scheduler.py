@@ -278,7 +278,7 @@ def test_prompts_share_a_step_and_short_ones_do_not_wait_for_long_ones() -> None
             if turn.completes:
                 turn.sequence.tokens.append(0)
     assert sizes == [
-        {"decodes": 4, "long": 32, "longer": 16, "short": 12},
+        {"decodes": 4, "short": 12, "long": 48},
         {"decodes": 1, "short": 1, "long": 16, "longer": 16},
         {"decodes": 1, "short": 1, "long": 16, "longer": 16},
     ]
