@@ -21,6 +21,10 @@ from configs.schema.generation import Sampling
 
 _GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: the quotient of logits would leave the range of fp32."""
+_BLOCK = 256
+"""Tokens whose probabilities are summed before it is known in which block a draw falls."""
+_RANKED_FIRST = 1024
+"""Likeliest tokens that are ranked to begin with; few distributions have their nucleus beyond them."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +58,21 @@ def sample(logits_BV: torch.Tensor, rows: Sequence[Row]) -> list[int | None]:
     if drawn:
         device = logits_BV.device
         settings = [rows[index].settings for index in drawn]
-        rows_R = torch.tensor(drawn, device=device)
         heat_R = torch.tensor([s.temperature for s in settings], device=device)
-        probs_RV = ((logits_BV[rows_R] - best_B[rows_R, None]) / heat_R[:, None]).softmax(-1)
+        weights_RV = logits_BV
+        if len(drawn) < len(rows):
+            rows_R = torch.tensor(drawn, device=device)
+            weights_RV, best_B = logits_BV[rows_R], best_B[rows_R]
+        # In place, as each new tensor of this size costs the step more than the arithmetic.
+        weights_RV.sub_(best_B[:, None]).div_(heat_R[:, None]).exp_()
         points = [uniform(rows[index].settings.seed, len(rows[index].tokens)) for index in drawn]
-        for index, token in zip(drawn, _invert(truncate(probs_RV, settings), points), strict=True):
+        for index, token in zip(drawn, _invert(truncate(weights_RV, settings), points), strict=True):
             tokens[index] = token
     return tokens
 
 
 def truncate(probs_RV: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tensor:
-    """Zeroes what a row's top-k, then top-p, then min-p leave out; the rest is not renormalised.
+    """Zeroes what a row's top-k, then top-p, then min-p leave out; the rest is not renormalised, and need not be.
 
     Top-p keeps the smallest set of most likely tokens that holds this share of what top-k kept. Tokens tied with the
     least likely one kept are kept too. May overwrite its argument.
@@ -81,24 +89,36 @@ def truncate(probs_RV: torch.Tensor, settings: Sequence[Sampling]) -> torch.Tens
     ranked = [index for index, s in enumerate(settings) if 0 < s.top_k < vocab or s.top_p < 1]
     if ranked:
         rows_T = torch.tensor(ranked, device=device)
-        k = [min(settings[index].top_k or vocab, vocab) for index in ranked]
-        p = [settings[index].top_p for index in ranked]
-        _drop_below(probs_RV, rows_T, _least_ranked(probs_RV[rows_T], k, p))
+        k_T1 = torch.tensor([[min(settings[index].top_k or vocab, vocab)] for index in ranked], device=device)
+        p_T1 = torch.tensor([[settings[index].top_p] for index in ranked], device=device, dtype=torch.float64)
+        _drop_below(probs_RV, rows_T, _least_ranked(probs_RV[rows_T], k_T1, p_T1))
     if floors_RV is not None:
         _drop_below(probs_RV, *floors_RV)
     return probs_RV
 
 
-def _least_ranked(probs_TV: torch.Tensor, k: Sequence[int], p: Sequence[float]) -> torch.Tensor:
-    """The probability [T, 1] of the least likely token that each row's top-k and top-p keep."""
-    vocab, device = probs_TV.shape[-1], probs_TV.device
-    k_T1 = torch.tensor(k, device=device)[:, None]
-    p_T1 = torch.tensor(p, device=device, dtype=torch.float64)[:, None]
-    sorted_TV = _descending(probs_TV)
-    in_k_TV = sorted_TV.double().masked_fill_(torch.arange(vocab, device=device) >= k_T1, 0)
-    sums_TV = in_k_TV.cumsum(-1)
-    kept_TV = (sums_TV - in_k_TV < p_T1 * sums_TV[:, -1:]) & (in_k_TV > 0)
-    return sorted_TV.gather(-1, kept_TV.sum(-1, keepdim=True) - 1)
+def _least_ranked(
+    probs_TV: torch.Tensor, k_T1: torch.Tensor, p_T1: torch.Tensor, width: int = _RANKED_FIRST
+) -> torch.Tensor:
+    """The probability [T, 1] of the least likely token that each row's top-k and top-p keep.
+
+    Looks among the `width` likeliest tokens; for rows that keep more, among ever more of them.
+    """
+    vocab = probs_TV.shape[-1]
+    width = min(width, vocab)
+    ranked_TW = _likeliest(probs_TV, width)
+    in_k_TW = ranked_TW.double().masked_fill_(torch.arange(width, device=probs_TV.device) >= k_T1, 0)
+    sums_TW = in_k_TW.cumsum(-1)
+    all_T1 = probs_TV.sum(-1, keepdim=True, dtype=torch.float64)
+    goal_T1 = p_T1 * torch.where(k_T1 < vocab, sums_TW[:, -1:], all_T1)
+    kept_TW = (sums_TW - in_k_TW < goal_T1) & (in_k_TW > 0)
+    least_T1 = ranked_TW.gather(-1, kept_TW.sum(-1, keepdim=True) - 1)
+    if width < vocab:
+        enough_T1 = (k_T1 <= width) | ((k_T1 == vocab) & (sums_TW[:, -1:] >= goal_T1))
+        rest = (~enough_T1[:, 0]).nonzero()[:, 0]
+        if len(rest):
+            least_T1[rest] = _least_ranked(probs_TV[rest], k_T1[rest], p_T1[rest], width * 8)
+    return least_T1
 
 
 def _drop_below(probs_RV: torch.Tensor, rows_T: torch.Tensor, least_T1: torch.Tensor) -> None:
@@ -163,15 +183,36 @@ def _mask(logits_BV: torch.Tensor, masked: Sequence[tuple[int, npt.NDArray[np.in
     logits_BV[rows_T] = logits_BV[rows_T].masked_fill_(hidden_TV, -torch.inf)
 
 
-def _descending(rows: torch.Tensor) -> torch.Tensor:
-    """Each row sorted. On CPU by numpy: 32 rows of 4096 take it 0.6 ms on one core with AVX2, torch 10 ms."""
-    if rows.device.type == "cpu":
-        return torch.from_numpy(np.sort(rows.numpy())).flip(-1)
-    return rows.sort(descending=True).values
+def _likeliest(probs_TV: torch.Tensor, width: int) -> torch.Tensor:
+    """Each row's largest values [T, width], in descending order.
+
+    On CPU by numpy: for 32 rows of 50257 on one core with AVX2, partitioning off 1024 takes it 2.4 ms, sorting all
+    34 ms, torch's `topk` 48 ms.
+    """
+    if probs_TV.device.type != "cpu":
+        return probs_TV.topk(width).values
+    values = probs_TV.numpy()
+    if width < values.shape[-1]:
+        values = np.partition(values, -width)[:, -width:]
+    return torch.from_numpy(np.sort(values)).flip(-1)
 
 
-def _invert(probs_RV: torch.Tensor, points: Sequence[float]) -> list[int]:
-    """The token at which each row's cumulative distribution passes its point; fp64, as 128k fp32 terms drift."""
-    sums_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-    points_R1 = torch.tensor(points, dtype=torch.float64, device=probs_RV.device)[:, None]
-    return torch.searchsorted(sums_RV, points_R1 * sums_RV[:, -1:], right=True).squeeze(-1).tolist()
+def _invert(weights_RV: torch.Tensor, points: Sequence[float]) -> list[int]:
+    """The token at which each row's cumulative sum passes its point, a share of the whole sum.
+
+    In fp64, as 128k fp32 terms drift; by blocks, as only one block's running sums are needed.
+    """
+    vocab, device = weights_RV.shape[-1], weights_RV.device
+    whole = vocab // _BLOCK * _BLOCK
+    parts = [weights_RV[:, :whole].unflatten(1, (-1, _BLOCK)), weights_RV[:, None, whole:]]
+    blocks_RN = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1)
+    ends_RN = blocks_RN.cumsum(-1)
+    goal_R1 = torch.tensor(points, dtype=torch.float64, device=device)[:, None] * ends_RN[:, -1:]
+    block_R1 = torch.searchsorted(ends_RN, goal_R1, right=True)
+    before_R1 = ends_RN.gather(-1, block_R1) - blocks_RN.gather(-1, block_R1)
+    tokens_RK = block_R1 * _BLOCK + torch.arange(_BLOCK, device=device)
+    inside_RK = weights_RV.gather(-1, tokens_RK.clamp(max=vocab - 1)).double().masked_fill_(tokens_RK >= vocab, 0)
+    passed_R1 = (before_R1 + inside_RK.cumsum(-1) <= goal_R1).sum(-1, keepdim=True)
+    # Sums in another order may end a rounding earlier: then it is the block's last token that can be drawn.
+    last_R1 = ((inside_RK > 0) * torch.arange(_BLOCK, device=device)).amax(-1, keepdim=True)
+    return (block_R1 * _BLOCK + passed_R1.minimum(last_R1)).squeeze(-1).tolist()

@@ -214,8 +214,6 @@ def completion(**fields: Any) -> bytes:
             "structured_outputs",
             "invalid_request",
         ),
-        ("/tokenize", b'{"model": "tiny", "tokens": [1]}', 400, "tokens", "unsupported_parameter"),
-        ("/detokenize", b'{"model": "tiny", "tokens": [1000]}', 400, "tokens", "invalid_request"),
         ("/v1/completions", completion(prompt=""), 400, "prompt", "invalid_request"),
         ("/v1/completions", completion(prompt=[10**6]), 400, "prompt", "invalid_request"),
         ("/v1/completions", completion(prompt=["a"] * 3), 400, "prompt", "invalid_request"),
