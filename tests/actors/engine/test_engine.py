@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -67,6 +69,11 @@ def drain(engine: Engine) -> dict[str, list[TokenEvent]]:
 @pytest.fixture(scope="module")
 def engine(make_model) -> Engine:
     return Engine.load(make_model(), max_sequences=4, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def roomy(make_model) -> Engine:
+    return Engine.load(make_model(end=False), max_sequences=1, precision="fp32", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +160,51 @@ def test_every_request_ends_once_with_what_it_gives_alone(make_model, seed: int)
         assert [event.finish_reason is not None for event in mine] == [False] * (len(mine) - 1) + [True]
         assert Completion.of(mine) == alone[request.id]
         assert mine[-1].completion_tokens == len(alone[request.id].token_ids)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 10**6),
+    cache_tokens=st.integers(20, 300),
+    max_sequences=st.integers(1, 6),
+    prefill_tokens=st.integers(1, 64),
+)
+def test_tight_caches_and_shared_beginnings_change_no_token(
+    make_model, roomy: Engine, seed: int, cache_tokens: int, max_sequences: int, prefill_tokens: int
+) -> None:
+    """Random arrivals and cancellations over caches that hold from a fifth of the window to three of it."""
+    draw = random.Random(seed)
+    engine = Engine.load(
+        make_model(end=False), max_sequences=max_sequences, cache_tokens=cache_tokens, prefill_tokens=prefill_tokens,
+        precision="fp32", device="cpu",
+    )  # fmt: skip
+    asked = []
+    for n in range(10):
+        ids = prompt(60, draw.randrange(2))[: draw.randrange(0, 60)] + prompt(draw.randrange(1, 20), n)
+        room = engine.context_length - 1
+        sampling = Sampling(temperature=draw.choice([0.0, 0.9]), seed=n, max_new_tokens=draw.randrange(1, 40))
+        asked.append(Request(str(n), ids[:room], sampling))
+    cancelled = {request.id for request in asked if draw.random() < 0.2}
+    events: dict[str, list[TokenEvent]] = defaultdict(list)
+    waiting = asked[::-1]
+    while waiting or engine.has_work:
+        while waiting and draw.random() < 0.4:
+            engine.submit(waiting.pop())
+        for event in engine.step():
+            events[event.request_id].append(event)
+        for name in cancelled:
+            if draw.random() < 0.05:
+                engine.cancel(name)
+    for request in asked:
+        mine = events[request.id]
+        alone = roomy.generate([request])[0].token_ids
+        got = tuple(token for event in mine for token in event.token_ids)
+        if request.id in cancelled:
+            assert got == alone[: len(got)]
+        else:
+            assert [event.finish_reason is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+            room = engine.context_length - len(request.prompt_ids)
+            assert got == alone[:room]
 
 
 def test_cancelled_requests_fall_silent_and_change_nothing_for_the_others(engine: Engine) -> None:
