@@ -29,7 +29,7 @@ def test_every_contestant_answers(llama: Path, tmp_path: Path) -> None:
     assert part["rows_equal_to_generate"] == {"1": 1.0}
     assert 0 < part["own_share_of_a_step"] < 1
     rates = part["output_tokens_per_second"]
-    assert all(rates[who]["1"] > 0 for who in ("engine", "generate", "generate_batch"))
+    assert all(rates[who]["1"] > 0 for who in ("engine", "generate", "continuous batching"))
     json.dumps(part)
 
 
