@@ -77,7 +77,8 @@ def test_rows_with_mixed_settings_have_the_distributions_that_transformers_gives
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 def test_a_large_vocabulary_is_truncated_as_a_small_one(spread: float) -> None:
     """Nuclei within and beyond what is ranked first, and ranks beyond it."""
-    settings = [Sampling(top_k=k, top_p=p) for k in (0, 40, 1024, 1025, 2500, 9000, 12000) for p in (1.0, 0.999, 0.9, 0.3)]
+    ranks = (0, 40, 1024, 1025, 2500, 9000, 12000)
+    settings = [Sampling(top_k=k, top_p=p) for k in ranks for p in (1.0, 0.999, 0.9, 0.3)]
     rows = logits(len(settings), spread, vocab=12000)
     ours = truncate(rows.softmax(-1), settings)
     ours = ours / ours.sum(-1, keepdim=True)
