@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"
+_WRITTEN_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @cache
@@ -41,6 +44,50 @@ def token_bytes(tokenizer: Tokenizer) -> Mapping[int, bytes] | None:
         except KeyError:
             result[token_id] = token.encode()
     return result
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A vocabulary whose texts are its tokens' bytes one after the other, whatever stands beside them."""
+
+    tokens: Mapping[int, bytes]
+    """Of every token, special ones by their names."""
+    drops_first_space: bool
+    """Whether a space at the very beginning of a text is left out."""
+
+
+def spelling(tokenizer: Tokenizer) -> Spelling | None:
+    """How a tokenizer's tokens are spelt; None if that depends on their neighbours (WordPiece) or is not known.
+
+    Byte-level vocabularies, and those of SentencePiece's kind: a mark for each space, bytes written as `<0x0A>`.
+    """
+    plain = token_bytes(tokenizer)
+    if plain is not None:
+        return Spelling(plain, drops_first_space=False)
+    decoder = json.loads(tokenizer.to_str())["decoder"]
+    parts = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    space, drops, has_bytes = None, False, False
+    for part in parts:
+        match part:
+            case {"type": "Metaspace", "replacement": str(mark), "prepend_scheme": str(scheme)}:
+                space, drops = mark, scheme != "never"
+            case {"type": "Replace", "pattern": {"String": str(mark)}, "content": " "}:
+                space = mark
+            case {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+                drops = True
+            case {"type": "ByteFallback"}:
+                has_bytes = True
+            case {"type": "Fuse"}:
+                pass
+            case _:
+                return None
+    if space is None:
+        return None
+    tokens = {}
+    for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+        byte = _WRITTEN_BYTE.fullmatch(token) if has_bytes else None
+        tokens[token_id] = bytes([int(byte[1], 16)]) if byte else token.replace(space, " ").encode()
+    return Spelling(tokens, drops_first_space=drops)
 
 
 class ByteStream:

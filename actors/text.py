@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import jinja2
 from tokenizers import Tokenizer
 
-from actors.detokenizer import ByteStream, WindowStream, token_bytes
+from actors.detokenizer import ByteStream, Spelling, WindowStream, spelling, token_bytes
 from configs.artifacts import TextContract, hash_json
 from configs.errors import ContractError, RequestError
 
@@ -49,10 +51,28 @@ class StreamDecoder(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ModelInput:
+    """A text, or a pair of them, as an encoder reads it: with the tokens that the tokenizer puts around it.
+
+    One entry a token; a token that was put in has no word and no characters.
+    """
+
+    token_ids: tuple[int, ...]
+    type_ids: tuple[int, ...]
+    """0 in the first text, 1 in the second, where the model tells them apart."""
+    words: tuple[int | None, ...]
+    """Which word of its text a token is part of."""
+    offsets: tuple[tuple[int, int], ...]
+    """Where in its text the token's characters begin and end."""
+    truncated: bool = False
+    """Whether tokens were left out to fit a window."""
+
+
 class Text:
     """Tokenizer, chat template and special tokens of a tokenizer or model folder.
 
-    Made by `Text.load`. Instances are immutable and may be shared between threads.
+    Made by `Text.load`. Instances do not change and may be shared between threads.
     """
 
     def __init__(
@@ -137,9 +157,51 @@ class Text:
         """Token ids of `text` as it stands: nothing added, special tokens' names in it are ordinary characters."""
         return self._plain.encode(text, add_special_tokens=False).ids
 
+    def encode_input(self, text: str, pair: str | None = None, *, window: int | None = None) -> ModelInput:
+        """What an encoder reads for a text: special tokens' names in it are ordinary characters.
+
+        Args:
+            text: any text.
+            pair: a second one, for models that judge two together.
+            window: tokens to fit into; the ends of the texts are left out, the longer one's first.
+        """
+        encoding = self._plain.encode(text, pair, add_special_tokens=True)
+        sides: tuple[list[int], list[int]] = ([], [])
+        for index, side in enumerate(encoding.sequence_ids):
+            if side is not None:
+                sides[side].append(index)
+        dropped: set[int] = set()
+        excess = 0 if window is None else len(encoding) - window
+        for _ in range(min(excess, sum(map(len, sides)))):
+            dropped.add(max(sides, key=len).pop())
+        kept = [index for index in range(len(encoding)) if index not in dropped]
+        return ModelInput(
+            token_ids=_picked(encoding.ids, kept),
+            type_ids=_picked(encoding.type_ids, kept),
+            words=_picked(encoding.word_ids, kept),
+            offsets=_picked(encoding.offsets, kept),
+            truncated=bool(dropped),
+        )
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes: a special token's are its name's; of a token that does not exist there are none."""
+        if self.spelling is not None:
+            return self.spelling.tokens.get(token_id, b"")
+        return (self._tokenizer.id_to_token(token_id) or "").encode()
+
+    @cached_property
+    def spelling(self) -> Spelling | None:
+        """The bytes that tokens add to a text; None if these depend on the neighbours."""
+        return spelling(self._tokenizer)
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a text."""
+        return frozenset(self._special_ids.values())
 
     def stream_decoder(self) -> StreamDecoder:
         """A decoder for one new sequence."""
@@ -261,6 +323,10 @@ def verify_contract(folder: Path, contract: TextContract) -> None:
     found = text._fingerprint()
     if found != contract.hash:
         raise _mismatch(folder, f"hash {found[:12]}", f"hash {contract.hash[:12]}")
+
+
+def _picked(values: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(values[index] for index in indices)
 
 
 def _compare(folder: Path, what: str, found: Sequence[int], expected: Sequence[int]) -> None:

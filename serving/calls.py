@@ -7,10 +7,11 @@ exception: Ray wraps exceptions that cross processes, and what the client is to 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from configs.errors import GanymedeError, InputError, OverloadedError, RequestError
+from configs.schema.generation import Sampling
 
 RETRY_AFTER_SECONDS = 1
 """What a client is told to wait when the queue is full."""
@@ -51,23 +52,51 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Conversation:
+    """Turns that the assistant's next one is to follow."""
+
+    messages: tuple[Message, ...]
+
+
+Prompt = str | tuple[int, ...] | Conversation
+"""A text, token ids, or a conversation."""
+
+
+@dataclass(frozen=True)
 class Call:
-    """One HTTP request, validated: prompts to be continued, or a conversation."""
+    """One HTTP request, validated: prompts to be continued."""
 
     id: str
-    prompts: tuple[str | tuple[int, ...], ...] = ()
-    """Texts or token ids; each gets an answer of its own."""
-    messages: tuple[Message, ...] = ()
-    """A conversation to be continued; excludes `prompts`."""
+    prompts: tuple[Prompt, ...]
+    """Each gets answers of its own."""
+    sampling: Sampling = Sampling()
+    """Of each answer; the replica sets `max_new_tokens` and `seed`."""
     max_new_tokens: int | None = None
     """None: until the context window is full."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop: tuple[str, ...] = ()
     seed: int | None = None
     """None: another random seed for each prompt."""
+    choices: int = 1
+    """Answers to each prompt; those to the first prompt come first."""
+    echo: bool = False
+    """An answer begins with its prompt."""
+    report_sampling: bool = False
+    """An answer's last piece says how it was sampled."""
     whole: bool = False
     """All answers in one batch, once they are complete, instead of piece by piece."""
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """How likely the model found a token of an answer, or of the prompt that it echoes."""
+
+    token: bytes
+    """Its own bytes; they may be part of a character."""
+    offset: int
+    """Where in the answer it begins, in characters."""
+    logprob: float | None
+    """None for the first token of a prompt, which nothing precedes."""
+    top: tuple[tuple[bytes, float], ...] = ()
+    """The likeliest tokens there, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +109,17 @@ class Piece:
     completion_tokens: int
     """Tokens of the answer so far."""
     finish_reason: FinishReason | None = None
+    scores: tuple[TokenScore, ...] | None = None
+    """Of the tokens in this piece; None if they were not asked for."""
+    sampling: Sampling | None = None
+    """How the answer was sampled, in its last piece if it was asked for."""
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Piece]) -> Piece:
+        """One piece that says as much as some consecutive ones of the same answer."""
+        last = pieces[-1]
+        scores = None if last.scores is None else tuple(s for piece in pieces for s in piece.scores or ())
+        return replace(last, text="".join(piece.text for piece in pieces), scores=scores)
 
 
 @dataclass(frozen=True)
@@ -114,11 +154,27 @@ class ReplicaStatus:
     """Whether the model has a chat template."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, and how many the model can take."""
+
+    ids: tuple[int, ...]
+    context_length: int
+
+
 class Generator(Protocol):
     """Whoever answers calls: an engine replica, or a handle to one."""
 
     def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The pieces in batches; a refusal is the last thing given. Closing the iterator early cancels the call."""
+        ...
+
+    async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
+        """The token ids that a text or a conversation becomes; ids stay what they are."""
+        ...
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Refusal:
+        """The text of token ids, special tokens left out."""
         ...
 
     async def status(self) -> ReplicaStatus:

@@ -13,7 +13,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from configs.schema.serving import ServingConfig
-from serving.calls import RETRY_AFTER_SECONDS, Call, Piece, Refusal, ReplicaStatus, ServedModel
+from serving.calls import (
+    RETRY_AFTER_SECONDS,
+    Call,
+    Piece,
+    Prompt,
+    Refusal,
+    ReplicaStatus,
+    ServedModel,
+    Tokens,
+)
 from serving.openai.routes import create_api
 
 GONE = Refusal(
@@ -43,6 +52,20 @@ class RemoteEngine:
             yield GONE
         finally:
             response.cancel()
+
+    async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
+        """The token ids that a text or a conversation becomes."""
+        try:
+            return await self._handle.tokenize.remote(prompt)
+        except _UNAVAILABLE:
+            return GONE
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Refusal:
+        """The text of token ids, special tokens left out."""
+        try:
+            return await self._handle.detokenize.remote(token_ids)
+        except _UNAVAILABLE:
+            return GONE
 
     async def status(self) -> ReplicaStatus:
         """How one of the replicas is; waits while there is none."""

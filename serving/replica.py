@@ -10,14 +10,13 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from configs.errors import EngineError, GanymedeError, RequestError
-from configs.schema.generation import Sampling
+from configs.errors import GanymedeError, RequestError
 from configs.schema.serving import ServingConfig
-from serving.calls import Call, Piece, Refusal, ReplicaStatus, ServedModel
+from serving.calls import Call, Conversation, Piece, Prompt, Refusal, ReplicaStatus, ServedModel, Tokens
+from serving.transcript import Transcript
 
 if TYPE_CHECKING:
     from actors.engine.request import Request, TokenEvent
@@ -41,17 +40,23 @@ class EngineReplica:
         )
         self._digest = model.digest
         self._text = engine.text
+        self._structures = engine.structures
         self._context_length = engine.context_length
-        self._max_prompts = config.max_queued
+        self._max_answers = config.max_queued
         self._engine = AsyncEngine(engine)
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers, in batches: pieces that have come since the last one, or all of them whole."""
         parts: dict[int, list[Piece]] = {}
         try:
-            async with aclosing(self._events(self._requests(call))) as batches:
+            if call.sampling.structure is not None:
+                # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
+                await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
+            requests = self._requests(call)
+            transcripts = [self._transcript(call, index, request) for index, request in enumerate(requests)]
+            async with aclosing(self._events(requests)) as batches:
                 async for batch in batches:
-                    pieces = [_piece(index, event) for index, event in batch]
+                    pieces = [transcripts[index].piece(event) for index, event in batch]
                     if not call.whole:
                         yield pieces
                         continue
@@ -63,7 +68,27 @@ class EngineReplica:
             yield error.refusal
         else:
             if call.whole:
-                yield [replace(p[-1], text="".join(piece.text for piece in p)) for _, p in sorted(parts.items())]
+                yield [Piece.joined(pieces) for _, pieces in sorted(parts.items())]
+
+    async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
+        """The token ids that a text or a conversation becomes."""
+        try:
+            return Tokens(self._token_ids(prompt), self._context_length)
+        except RequestError as error:
+            return Refusal.of(error)
+
+    async def detokenize(self, token_ids: tuple[int, ...]) -> str | Refusal:
+        """The text of token ids, special tokens left out."""
+        unknown = next((token for token in token_ids if not 0 <= token < self._text.vocab_size), None)
+        if unknown is not None:
+            error = RequestError(
+                "tokens holds an id the tokenizer does not know",
+                param="tokens",
+                received=unknown,
+                allowed=f"0 to {self._text.vocab_size - 1}",
+            )
+            return Refusal.of(error)
+        return self._text.decode(token_ids)
 
     async def status(self) -> ReplicaStatus:
         """Asked by `/health`: answers only once the model is loaded."""
@@ -98,8 +123,6 @@ class EngineReplica:
                     item = await arrived.get()
                     if isinstance(item, BaseException):
                         raise item
-                    if item[1].error is not None:
-                        raise item[1].error
                     batch.append(item)
                     running -= item[1].finish_reason is not None
                 yield batch
@@ -109,42 +132,56 @@ class EngineReplica:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _requests(self, call: Call) -> list[Request]:
-        """One engine request a prompt. Raises `RequestError` for what the model cannot take."""
+        """The engine's requests: all choices of the first prompt, then of the next. Raises `RequestError` for what
+        the model cannot take.
+        """
         from actors.engine.request import Request
 
-        if len(call.prompts) > self._max_prompts:
+        if len(call.prompts) * call.choices > self._max_answers:
             raise RequestError(
-                "too many prompts in one request",
-                param="prompt",
-                received=len(call.prompts),
-                allowed=f"at most {self._max_prompts}",
-                next_step="send them in several requests",
+                "too many answers asked for in one request",
+                param="prompt" if call.choices == 1 else "n",
+                received=f"{len(call.prompts)} prompts, n {call.choices}",
+                allowed=f"at most {self._max_answers} answers",
+                next_step="ask for them in several requests",
             )
-        requests = []
-        for index, prompt_ids in enumerate(self._token_ids(call)):
-            room = self._room(prompt_ids, "messages" if call.messages else "prompt")
-            sampling = Sampling(
-                max_new_tokens=room if call.max_new_tokens is None else min(call.max_new_tokens, room),
-                temperature=call.temperature,
-                top_p=call.top_p,
-                stop=call.stop,
-                seed=secrets.randbits(SEED_BITS) if call.seed is None else call.seed,
-            )
-            requests.append(Request(f"{call.id}-{index}", prompt_ids, sampling))
+        requests: list[Request] = []
+        for index, prompt in enumerate(call.prompts):
+            ids = self._token_ids(prompt)
+            limit = self._limit(call, len(ids), "messages" if isinstance(prompt, Conversation) else "prompt")
+            if call.sampling.min_tokens > limit:
+                raise RequestError(
+                    "min_tokens is more than there is room for",
+                    param="min_tokens",
+                    received=call.sampling.min_tokens,
+                    allowed=f"at most {limit}",
+                )
+            seed = secrets.randbits(SEED_BITS) if call.seed is None else call.seed
+            sampling = call.sampling.model_copy(update={"max_new_tokens": limit, "seed": seed})
+            requests += Request(f"{call.id}-{index}", ids, sampling).choices(call.choices)
         return requests
 
-    def _token_ids(self, call: Call) -> list[tuple[int, ...]]:
-        if call.messages:
-            messages = [{"role": m.role, "content": m.content} for m in call.messages]
-            return [tuple(self._text.render_chat(messages, add_generation_prompt=True))]
-        return [tuple(self._text.encode(p)) if isinstance(p, str) else p for p in call.prompts]
+    def _transcript(self, call: Call, index: int, request: Request) -> Transcript:
+        prompt = call.prompts[index // call.choices]
+        echo = None
+        if call.echo:
+            echo = prompt if isinstance(prompt, str) else self._text.decode(request.prompt_ids)
+        return Transcript(index, request, self._text, echo=echo, report_sampling=call.report_sampling)
 
-    def _room(self, prompt_ids: tuple[int, ...], param: str) -> int:
-        """Tokens that fit after the prompt."""
-        room = self._context_length - len(prompt_ids)
-        if room < 1:
-            raise _ContextExceededError(len(prompt_ids), self._context_length, param)
-        return room
+    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self._text.encode(prompt))
+        if isinstance(prompt, Conversation):
+            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+            return tuple(self._text.render_chat(messages, add_generation_prompt=True))
+        return prompt
+
+    def _limit(self, call: Call, prompt_tokens: int, param: str) -> int:
+        """Tokens to generate at most: what is asked for, as far as the context window has room."""
+        room = self._context_length - prompt_tokens
+        if room < (call.max_new_tokens != 0):
+            raise _ContextExceededError(prompt_tokens, self._context_length, param)
+        return room if call.max_new_tokens is None else min(call.max_new_tokens, room)
 
 
 class _ContextExceededError(Exception):
@@ -159,10 +196,3 @@ class _ContextExceededError(Exception):
             "context_length_exceeded",
             param,
         )
-
-
-def _piece(index: int, event: TokenEvent) -> Piece:
-    reason = event.finish_reason
-    if reason == "error":
-        raise EngineError(f"request {event.request_id} failed without saying why")
-    return Piece(index, event.text, event.prompt_tokens, event.completion_tokens, reason)

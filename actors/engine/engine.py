@@ -1,28 +1,36 @@
 """Continuous batching: many requests decode together, each joins and leaves at any step.
 
 A step reads: schedule -> run -> sample -> emit. Guarantees: every submitted request that is not cancelled ends exactly
-once; its tokens depend on the model, its prompt and its sampling settings, not on what it shared steps with (up to
-the rounding of matrix products, which depends on the number of rows). Not thread-safe: `stream.AsyncEngine` gives an
-engine a thread of its own. One device; Llama-architecture decoders.
+once; its tokens depend on the model, its prompt and its sampling settings, not on what it shared steps with, nor on
+whether it had to give up its place for a while or found part of its prompt computed (up to the rounding of matrix
+products, which depends on the number of rows). Not thread-safe: `stream.AsyncEngine` gives an engine a thread of its
+own. One device; decoder-only models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 
-from actors.engine.decoder import LlamaDecoder
-from actors.engine.request import Completion, FinishReason, Request, StopStrings, TokenEvent
-from actors.engine.sampling import sample
-from actors.engine.scheduler import Scheduler, Sequence, Span, Turn
+from actors.engine.emission import emit, wanted
+from actors.engine.modules import Decoder, DecoderChoice, load_decoder
+from actors.engine.pretrained import Precision, check_vocabulary, placement, read_config
+from actors.engine.request import Completion, Request, TokenEvent
+from actors.engine.runner import check_kind
+from actors.engine.scheduler import Scheduler, Span, Turn
+from actors.engine.sequence import Sequence
+from actors.engine.structured import Structures
 from actors.text import Text
-from configs.errors import ContractError, EngineError, GanymedeError, RequestError
+from configs.errors import EngineError, RequestError
 
-Precision = Literal["auto", "bf16", "fp32"]
+_MIXED_PREFILL_TOKENS = 16
+"""Prompt tokens in a step with a few decoding sequences, on a CPU: beside one of them they make the step of a 17M
+Llama in fp32 3.1 times as long, 32 tokens 3.8 times (CPU time of one AVX2 core)."""
 
 _SCORE_TOKENS = 2048
 """Tokens scored at once: bounds the logits held, 32 MB for a vocabulary of 4096."""
@@ -33,20 +41,35 @@ class Engine:
 
     def __init__(
         self,
-        decoder: LlamaDecoder,
+        decoder: Decoder,
         text: Text,
         *,
-        context_length: int,
         max_sequences: int,
+        cache_tokens: int | None,
         max_queued: int,
         prefill_tokens: int,
+        mixed_prefill_tokens: int,
     ) -> None:
+        capacity = decoder.context * max_sequences if cache_tokens is None else cache_tokens
         self.text = text
-        self.context_length = context_length
+        self.context_length = min(decoder.context, capacity)
         """Most tokens of a request, prompt and completion together."""
+        self.structures = Structures(text)
+        """Compiles what texts are held to; any thread may have it do so ahead of a request."""
         self._decoder = decoder
-        self._cache = decoder.new_cache(slots=max_sequences, positions=context_length)
-        self._scheduler = Scheduler(max_sequences=max_sequences, max_queued=max_queued, prefill_tokens=prefill_tokens)
+        self._scheduler = Scheduler(
+            cache_tokens=capacity,
+            longest=self.context_length,
+            max_sequences=max_sequences,
+            max_queued=max_queued,
+            prefill_tokens=prefill_tokens,
+            mixed_prefill_tokens=mixed_prefill_tokens,
+        )
+        rows = self._scheduler.rows
+        self._cache = decoder.new_cache(capacity)
+        self._cache.arrange(rows=rows.count, width=rows.width)
+        self.tokens_run = 0
+        """Tokens that went through the model; those found in the cache did not."""
         self._sequences: dict[str, Sequence] = {}
         self._ready: dict[str, TokenEvent] = {}
         """Events of requests that had nothing to generate, for the next step to return."""
@@ -62,48 +85,54 @@ class Engine:
         prefill_tokens: int = 256,
         precision: Precision = "auto",
         device: str = "auto",
+        decoder: DecoderChoice = "auto",
     ) -> Self:
         """Opens a model folder.
 
         Args:
             folder: `config.json`, safetensors weights and tokenizer files.
             max_sequences: sequences decoded together.
-            cache_tokens: positions of the key/value cache, shared out evenly among the sequences; shortens the
-                context window if that is less than the model's. The model's window for each unless set.
+            cache_tokens: tokens whose keys and values are held, of all sequences together; bounds the memory. When
+                it is full, the youngest sequences wait and are run again. The model's context window for each
+                sequence unless set; if less than one window, no request can be longer.
             max_queued: requests that may wait before `submit` refuses.
-            prefill_tokens: prompt tokens run in one step; bounds how long a long prompt delays those that decode.
+            prefill_tokens: prompt tokens run in one step at most; on a CPU fewer while sequences decode, so that a
+                long prompt delays none of their tokens by more than the time of two steps.
             precision: `auto` is bf16 on a GPU and on processors with bf16 arithmetic, fp32 elsewhere.
             device: a torch device; `auto` is the first GPU if there is one.
+            decoder: `lean` for models shaped like Llama, `modules` for any other; `auto` takes the lean one if it
+                can run the model.
 
         Raises `ArtifactError` for a folder that is not a supported model, `ContractError` if its tokenizer is not the
         one it was trained with.
         """
         text = Text.load(folder)
-        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        decoder = LlamaDecoder.load(folder, dtype=_dtype(precision, where), device=where)
-        if text.vocab_size > decoder.shape.vocab:
-            raise ContractError(
-                f"the tokenizer in {folder} has more tokens than the model",
-                received=text.vocab_size,
-                allowed=f"at most {decoder.shape.vocab}",
-                next_step="use the tokenizer files that were published with the model",
-            )
-        context = decoder.shape.context
-        if cache_tokens is not None:
-            context = min(context, cache_tokens // max_sequences)
+        dtype, where = placement(precision, device)
+        check_vocabulary(folder, text.vocab_size, read_config(folder))
         return cls(
-            decoder,
+            load_decoder(folder, decoder, dtype=dtype, device=where),
             text,
-            context_length=context,
             max_sequences=max_sequences,
+            cache_tokens=cache_tokens,
             max_queued=max_queued,
             prefill_tokens=prefill_tokens,
+            mixed_prefill_tokens=_MIXED_PREFILL_TOKENS if where.type == "cpu" else prefill_tokens,
         )
+
+    @property
+    def decoder_kind(self) -> str:
+        """What runs the model: the `lean` decoder or its own `modules`."""
+        return self._decoder.kind
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._ready) or self._scheduler.has_work
+
+    @property
+    def preemptions(self) -> int:
+        """Times a running request had to wait because the cache was full."""
+        return self._scheduler.preemptions
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises `RequestError` if it cannot be served, `OverloadedError` if the queue is full."""
@@ -119,16 +148,15 @@ class Engine:
         """Runs every scheduled token once; returns what the requests that got a token have to show for it."""
         events = list(self._ready.values())
         self._ready.clear()
-        turns = self._scheduler.schedule()
-        if not turns:
+        step = self._scheduler.schedule()
+        self._cache.obey(step.commands)
+        if not step.turns:
             return events
         ended: list[Sequence] = []
-        for turn, token in self._run(turns):
-            event = _advance(turn.sequence, token)
+        for turn, event in self._run(step.turns):
             events.append(event)
             if event.error is not None:
-                # What spoiled the logits may be in the cache, where it would spread to the slot's next sequence.
-                self._cache.clear(turn.span.slot)
+                self._scheduler.discard(turn.sequence)
             if event.finish_reason is not None:
                 ended.append(turn.sequence)
         self._forget(ended)
@@ -161,17 +189,17 @@ class Engine:
         Independent of requests in flight. Raises `RequestError` for rows that do not fit the model's context window or
         vocabulary.
         """
-        shape = self._decoder.shape
+        context, vocab = self._decoder.context, self._decoder.vocab
         length = rows.shape[1] - 1
-        if not 0 < length <= shape.context:
+        if not 0 < length <= context:
             raise RequestError(
-                "rows cannot be scored", received=f"{length + 1} tokens", allowed=f"2 to {shape.context + 1} tokens"
+                "rows cannot be scored", received=f"{length + 1} tokens", allowed=f"2 to {context + 1} tokens"
             )
-        if int(rows.min()) < 0 or int(rows.max()) >= shape.vocab:
+        if int(rows.min()) < 0 or int(rows.max()) >= vocab:
             raise RequestError(
                 "rows hold token ids the model does not know",
                 received=f"{int(rows.min())} to {int(rows.max())}",
-                allowed=f"0 to {shape.vocab - 1}",
+                allowed=f"0 to {vocab - 1}",
                 next_step="score rows that were encoded with the model's own tokenizer",
             )
         group = max(1, _SCORE_TOKENS // length)
@@ -179,120 +207,63 @@ class Engine:
 
     def _score_group(self, rows: torch.Tensor) -> torch.Tensor:
         length = rows.shape[1] - 1
-        cache = self._decoder.new_cache(slots=len(rows), positions=length)
-        spans = [Span(slot, 0, tokens) for slot, tokens in enumerate(rows[:, :-1].tolist())]
-        logits = self._decoder.logits(self._decoder.forward(spans, cache))
+        cache = self._decoder.new_cache(len(rows) * length)
+        cache.arrange(rows=len(rows), width=length)
+        spans = [Span(row, 0, tokens) for row, tokens in enumerate(rows[:, :-1].tolist())]
+        logits = self._decoder.run(spans, cache, range(len(rows) * length))
         targets = rows[:, 1:].flatten().to(logits.device)
         return F.cross_entropy(logits, targets, reduction="none").view(len(rows), length).cpu()
 
     def _add(self, request: Request, *, bounded: bool) -> None:
-        self._check(request)
-        sampling = request.sampling
-        sequence = Sequence(
-            request,
-            decoder=self.text.stream_decoder(),
-            stops=StopStrings(sampling.stop),
-            stop_ids=self.text.eos_token_ids.union(sampling.stop_token_ids),
-            max_tokens=min(len(request.prompt_ids) + sampling.max_new_tokens, self.context_length),
-        )
-        if sampling.max_new_tokens == 0:
-            self._ready[request.id] = _event(sequence, (), "", "length")
+        check_kind(request, Request, "generates, and neither classifies nor embeds")
+        if request.id in self._sequences or request.id in self._ready:
+            raise RequestError("a request with this id is in flight", param="id", received=request.id)
+        request.check(context_length=self.context_length, vocab=self._decoder.vocab)
+        matcher = self.structures.matcher(request.sampling.structure)
+        sequence = Sequence.start(request, self.text, context_length=self.context_length, matcher=matcher)
+        if not (sequence.generates or sequence.scores_prompt):
+            self._ready[request.id] = sequence.end()
             return
         self._scheduler.add(sequence, bounded=bounded)
         self._sequences[request.id] = sequence
 
-    def _check(self, request: Request) -> None:
-        prompt = request.prompt_ids
-        if request.id in self._sequences or request.id in self._ready:
-            raise RequestError("a request with this id is in flight", param="id", received=request.id)
-        if not prompt:
-            raise RequestError("the prompt is empty", param="prompt", allowed="at least one token")
-        if len(prompt) >= self.context_length:
-            raise RequestError(
-                "the prompt leaves no room in the model's context window",
-                param="prompt",
-                received=f"{len(prompt)} tokens",
-                allowed=f"at most {self.context_length - 1} tokens",
-                next_step="shorten the prompt",
-            )
-        vocab = self._decoder.shape.vocab
-        unknown = next((token for token in prompt if not 0 <= token < vocab), None)
-        if unknown is not None:
-            raise RequestError(
-                "the prompt holds a token id the model does not know",
-                param="prompt",
-                received=unknown,
-                allowed=f"0 to {vocab - 1}",
-            )
-
-    @torch.inference_mode()
-    def _run(self, turns: Items[Turn]) -> list[tuple[Turn, int | None]]:
-        """Runs a step; the turns that get a token, and which (None where the logits are unusable)."""
-        hidden = self._decoder.forward([turn.span for turn in turns], self._cache)
-        complete: list[Turn] = []
-        last_tokens: list[int] = []
-        count = 0
-        for turn in turns:
-            count += len(turn.span.tokens)
-            turn.sequence.cached = turn.span.stop
-            if turn.completes:
-                complete.append(turn)
-                last_tokens.append(count - 1)
-        if not complete:
-            return []
-        if len(last_tokens) < count:
-            hidden = hidden[last_tokens]
-        logits = self._decoder.logits(hidden)
-        settings = [turn.sequence.request.sampling for turn in complete]
-        positions = [turn.span.stop for turn in complete]
-        return list(zip(complete, sample(logits, settings, positions), strict=True))
+    def _run(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
+        """Runs turns and draws from their logits; in parts if the device has no memory for all of them at once."""
+        try:
+            with torch.inference_mode():
+                logits = self._decoder.run([turn.span for turn in turns], self._cache, wanted(turns))
+            events = emit(logits, turns)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            shortage = str(error)
+        else:
+            for turn in turns:
+                turn.sequence.cached = turn.span.stop
+                self.tokens_run += len(turn.span.tokens)
+            return events
+        # Nothing has changed but rows behind what is `cached`, so that turns can be run again. This is not done in
+        # the handler, where the error would keep the failed attempt's tensors.
+        if len(turns) > 1:
+            half = len(turns) // 2
+            return self._run(turns[:half]) + self._run(turns[half:])
+        turn, span = turns[0], turns[0].span
+        if len(span.tokens) > 1:
+            return self._run([replace(turn, span=replace(span, tokens=span.tokens[: len(span.tokens) // 2]))])
+        failure = EngineError(
+            "no memory to go on with this request",
+            received=f"position {span.start}: {shortage.splitlines()[0]}",
+            next_step="lower cache_tokens or max_sequences, or shorten the prompt",
+        )
+        return [(turn, turn.sequence.fail(failure))]
 
     def _forget(self, sequences: Items[Sequence]) -> None:
-        if not sequences:
-            return
+        if sequences:
+            self._scheduler.remove(sequences)
         for sequence in sequences:
             del self._sequences[sequence.request.id]
-        for move in self._scheduler.remove(sequences):
-            self._cache.move(move)
 
 
-def _advance(sequence: Sequence, token: int | None) -> TokenEvent:
-    """Adds a token to its sequence, and decides whether it is the last and what text may be shown."""
-    if token is None:
-        error = EngineError(
-            "the model's logits are not finite numbers",
-            received=f"position {len(sequence.tokens)}",
-            next_step="check the model's weights; in bf16, try precision fp32",
-        )
-        return _event(sequence, (), "", "error", error)
-    sequence.tokens.append(token)
-    at_stop_id = token in sequence.stop_ids
-    text, at_stop_string = sequence.stops.push("" if at_stop_id else sequence.decoder.push(token))
-    full = len(sequence.tokens) >= sequence.max_tokens
-    if (at_stop_id or full) and not at_stop_string:
-        tail, at_stop_string = sequence.stops.push(sequence.decoder.flush())
-        text += tail + sequence.stops.flush()
-    reason: FinishReason | None = "stop" if at_stop_id or at_stop_string else "length" if full else None
-    return _event(sequence, (token,), text, reason)
-
-
-def _event(
-    sequence: Sequence,
-    token_ids: tuple[int, ...],
-    text: str,
-    reason: FinishReason | None,
-    error: GanymedeError | None = None,
-) -> TokenEvent:
-    return TokenEvent(
-        sequence.request.id, token_ids, text, sequence.prompt_tokens, sequence.completion_tokens, reason, error
-    )
-
-
-def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """PyTorch has a type for this on a GPU, and only a message on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from configs.errors import GanymedeError
+from actors.engine.randomness import choice_seed
+from configs.errors import GanymedeError, RequestError
 from configs.schema.generation import Sampling
 
 FinishReason = Literal["stop", "length", "error"]
@@ -19,6 +20,60 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+
+    def check(self, *, context_length: int, vocab: int) -> None:
+        """Raises `RequestError` unless a model with this window and number of tokens can serve the request."""
+        sampling = self.sampling
+        room = context_length - (sampling.max_new_tokens > 0)
+        if not self.prompt_ids:
+            raise RequestError("the prompt is empty", param="prompt", allowed="at least one token")
+        if len(self.prompt_ids) > room:
+            raise RequestError(
+                "the prompt leaves no room in the model's context window",
+                param="prompt",
+                received=f"{len(self.prompt_ids)} tokens",
+                allowed=f"at most {room} tokens",
+                next_step="shorten the prompt",
+            )
+        for param, ids in (
+            ("prompt", self.prompt_ids),
+            ("logit_bias", sampling.logit_bias),
+            ("stop_token_ids", sampling.stop_token_ids),
+        ):
+            unknown = next((token for token in ids if not 0 <= token < vocab), None)
+            if unknown is not None:
+                raise RequestError(
+                    f"{param} holds a token id the model does not know",
+                    param=param,
+                    received=unknown,
+                    allowed=f"0 to {vocab - 1}",
+                )
+
+    def choices(self, count: int) -> list[Request]:
+        """Requests for several answers, `id/0` and so on, each with a seed of its own; the first one's is this one's.
+
+        What a choice says depends on its index, not on how many there are.
+        """
+        seed = self.sampling.seed
+        return [
+            Request(
+                f"{self.id}/{index}",
+                self.prompt_ids,
+                self.sampling.model_copy(update={"seed": choice_seed(seed, index)}),
+            )
+            for index in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model found a token where it stands, before any control of the sampling."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of the probability."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens there with theirs, as many as were asked for, likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +91,12 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     error: GanymedeError | None = None
     """Set if and only if `finish_reason` is `error`."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not run, as their keys and values were in the cache."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a new token, if they were asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One a prompt token after the first; in the first event of a request that asked for them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +109,10 @@ class Completion:
     prompt_tokens: int
     finish_reason: FinishReason
     error: GanymedeError | None = None
+    cached_tokens: int = field(default=0, compare=False)
+    """Tokens of the prompt that were not run; depends on what ran before, so that it is no part of equality."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
 
     @classmethod
     def of(cls, events: Sequence[TokenEvent]) -> Completion:
@@ -62,6 +127,9 @@ class Completion:
             prompt_tokens=last.prompt_tokens,
             finish_reason=last.finish_reason,
             error=last.error,
+            cached_tokens=last.cached_tokens,
+            logprobs=tuple(entry for event in events for entry in event.logprobs),
+            prompt_logprobs=next((e.prompt_logprobs for e in events if e.prompt_logprobs is not None), None),
         )
 
 

@@ -1,7 +1,7 @@
-"""An engine behind asyncio: steps run in a thread of their own, events arrive at the coroutines that asked.
+"""A runner behind asyncio: steps run in a thread of their own, events arrive at the coroutines that asked.
 
-The thread alone touches the engine; coroutines send it commands, so that no event loop ever waits for a step. If a
-step fails, the engine's state is unknown: every open stream gets the error, and so does every later one.
+The thread alone touches the runner; coroutines send it commands, so that no event loop ever waits for a step. If a
+step fails, the runner's state is unknown: every open stream gets the error, and so does every later one.
 """
 
 from __future__ import annotations
@@ -12,32 +12,35 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
-from actors.engine.engine import Engine
-from actors.engine.request import Request, TokenEvent
+from actors.engine.runner import Asked, Event, Runner
 from configs.errors import EngineError, GanymedeError
+
+_Request = TypeVar("_Request", bound=Asked)
+_Event = TypeVar("_Event", bound=Event)
 
 
 @dataclass(frozen=True, eq=False)
-class _Stream:
+class _Stream(Generic[_Request, _Event]):
     """The coroutine's end of one request."""
 
-    request: Request
+    request: _Request
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[TokenEvent | GanymedeError] = field(default_factory=asyncio.Queue)
+    items: asyncio.Queue[_Event | GanymedeError] = field(default_factory=asyncio.Queue)
 
 
-_Item = tuple[_Stream, TokenEvent | GanymedeError]
+_Item = tuple[_Stream[_Request, _Event], _Event | GanymedeError]
 
 
-class AsyncEngine:
-    """Runs an `Engine` in a thread for any number of coroutines and event loops. `close` ends the thread."""
+class AsyncEngine(Generic[_Request, _Event]):
+    """Runs a runner in a thread for any number of coroutines and event loops. `close` ends the thread."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, runner: Runner[_Request, _Event]) -> None:
         self.error: GanymedeError | None = None
         """Why the engine can serve no more; None while it can."""
-        self._engine = engine
-        self._streams: dict[str, _Stream] = {}
+        self._runner = runner
+        self._streams: dict[str, _Stream[_Request, _Event]] = {}
         """Open streams by request id; the thread's own."""
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._ending = threading.Lock()
@@ -50,13 +53,13 @@ class AsyncEngine:
         """Whether requests are served."""
         return self.error is None
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenEvent]:
+    async def stream(self, request: _Request) -> AsyncIterator[_Event]:
         """Events of a request until it ends; closing the iterator early cancels the request.
 
-        Raises what `Engine.submit` raises, and `EngineError` if the engine fails or is closed meanwhile. An event
+        Raises what the runner's `submit` raises, and `EngineError` if the engine fails or is closed meanwhile. An event
         with `finish_reason` `error` is given out, not raised.
         """
-        stream = _Stream(request, asyncio.get_running_loop())
+        stream: _Stream[_Request, _Event] = _Stream(request, asyncio.get_running_loop())
         with self._ending:
             if self.error is not None:
                 raise self.error
@@ -82,7 +85,7 @@ class AsyncEngine:
     def _serve(self) -> None:
         try:
             while self._obey_commands():
-                events = self._engine.step()
+                events = self._runner.step()
                 self._send((self._streams[event.request_id], event) for event in events)
             failure: GanymedeError = EngineError("the engine was closed")
         except Exception as error:  # noqa: BLE001 - whatever it is, every stream is told
@@ -101,32 +104,32 @@ class AsyncEngine:
         """Runs the commands that are there, waiting for one while there is nothing else to do; False once closed."""
         while True:
             try:
-                command = self._commands.get(block=not self._engine.has_work)
+                command = self._commands.get(block=not self._runner.has_work)
             except queue.Empty:
                 return True
             if command is None:
                 return False
             command()
 
-    def _open(self, stream: _Stream) -> None:
+    def _open(self, stream: _Stream[_Request, _Event]) -> None:
         if self.error is not None:
             self._send([(stream, self.error)])
             return
         try:
-            self._engine.submit(stream.request)
+            self._runner.submit(stream.request)
         except GanymedeError as error:
             self._send([(stream, error)])
         else:
             self._streams[stream.request.id] = stream
 
-    def _drop(self, stream: _Stream) -> None:
+    def _drop(self, stream: _Stream[_Request, _Event]) -> None:
         if self._streams.get(stream.request.id) is stream:
             del self._streams[stream.request.id]
-            self._engine.cancel(stream.request.id)
+            self._runner.cancel(stream.request.id)
 
-    def _send(self, items: Iterable[_Item]) -> None:
+    def _send(self, items: Iterable[_Item[_Request, _Event]]) -> None:
         """Hands items over, waking each event loop once."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Item[_Request, _Event]]] = defaultdict(list)
         for stream, item in items:
             by_loop[stream.loop].append((stream, item))
             is_last = isinstance(item, GanymedeError) or item.finish_reason is not None
@@ -141,6 +144,6 @@ class AsyncEngine:
                     self._drop(stream)
 
 
-def _put(group: list[_Item]) -> None:
+def _put(group: list[_Item[_Request, _Event]]) -> None:
     for stream, item in group:
         stream.items.put_nowait(item)

@@ -145,9 +145,9 @@ def read_parallel(source: tuple[Listing, SourceConfig], target: tuple[Listing, S
             elif not text or not other:
                 reading.add(name, number, "", "nothing on one side")
             else:
-                counts = reading.ledger.counts(ONE_SOURCE)
-                counts.documents_read += 1
-                counts.read_bytes += len(text.encode())
+                read = reading.ledger.counts(ONE_SOURCE)
+                read.documents_read += 1
+                read.read_bytes += len(text.encode())
                 reading.add(name, number, text, {"prompt": text, "completion": other})
     return reading
 

@@ -1,7 +1,8 @@
 """The routes of the endpoint, over anything that generates.
 
-`/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/health`. Bodies are read by hand, up to
-a limit, so that everything wrong with one (its size, its JSON, a field) is told in the same shape.
+`/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/tokenize`, `/detokenize`, `/health`.
+Bodies are read by hand, up to a limit, so that everything wrong with one (its size, its JSON, a field) is told in the
+same shape.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from configs.schema.serving import ServingConfig
-from serving.calls import Call, Generator, Piece, Refusal, ReplicaStatus, ServedModel
-from serving.openai.schema import ApiError, ChatRequest, CompletionRequest, error_body, read_request
+from serving.calls import Generator, Refusal, ReplicaStatus, ServedModel
+from serving.openai.schema import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+    error_body,
+    read_request,
+)
 from serving.openai.stream import Answer, ChatAnswer, CompletionAnswer, server_sent_events
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 HEALTH_TIMEOUT_SECONDS = 5.0
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -37,6 +47,8 @@ def create_api(engine: Generator, model: ServedModel, config: ServingConfig) -> 
     api.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"], response_model=None)
     api.add_api_route("/v1/completions", routes.completions, methods=["POST"], response_model=None)
     api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    api.add_api_route("/tokenize", routes.tokenize, methods=["POST"], response_model=None)
+    api.add_api_route("/detokenize", routes.detokenize, methods=["POST"], response_model=None)
     api.add_exception_handler(ApiError, _refused)
     api.add_exception_handler(HTTPException, _http_error)
     api.add_exception_handler(Exception, _crashed)
@@ -73,25 +85,39 @@ class _Routes:
     async def completions(self, request: Request) -> Response:
         """Continues prompts."""
         asked = read_request(CompletionRequest, await self._body(request))
-        self._require(asked.model)
-        frame = CompletionAnswer(f"cmpl-{uuid.uuid4().hex}", int(time.time()), asked.model, self._model.fingerprint)
-        return await self._answer(frame, asked.call(frame.id), include_usage=asked.include_usage)
+        return await self._answer(CompletionAnswer, "cmpl", asked)
 
     async def chat(self, request: Request) -> Response:
         """Continues a conversation."""
         asked = read_request(ChatRequest, await self._body(request))
-        self._require(asked.model)
-        frame = ChatAnswer(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), asked.model, self._model.fingerprint)
-        return await self._answer(frame, asked.call(frame.id), include_usage=asked.include_usage)
+        return await self._answer(ChatAnswer, "chatcmpl", asked)
 
-    async def _answer(self, frame: Answer, call: Call, *, include_usage: bool) -> Response:
+    async def tokenize(self, request: Request) -> Response:
+        """The token ids of a text or a conversation."""
+        asked = read_request(TokenizeRequest, await self._body(request))
+        self._require(asked.model)
+        tokens = _accepted(await self._engine.tokenize(asked.what()))
+        return JSONResponse({"tokens": tokens.ids, "count": len(tokens.ids), "max_model_len": tokens.context_length})
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
+        asked = read_request(DetokenizeRequest, await self._body(request))
+        self._require(asked.model)
+        return JSONResponse({"prompt": _accepted(await self._engine.detokenize(asked.tokens))})
+
+    async def _answer(self, kind: type[Answer], prefix: str, asked: CompletionRequest | ChatRequest) -> Response:
+        self._require(asked.model)
+        call = asked.call(f"{prefix}-{uuid.uuid4().hex}")
+        frame = kind(call.id, int(time.time()), asked.model, self._model.fingerprint, asked.n)
         batches = self._engine.stream(call)
         # The status line waits for the first batch, so that a refusal is an HTTP error and not an event.
-        first = _accepted(await anext(batches))
+        first = await anext(batches)
+        if isinstance(first, Refusal):
+            raise ApiError(asked.named(first))
         if call.whole:
             await batches.aclose()
             return JSONResponse(frame.whole(first))
-        body = server_sent_events(frame, first, batches, include_usage=include_usage)
+        body = server_sent_events(frame, first, batches, include_usage=asked.include_usage)
         return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
 
     async def _body(self, request: Request) -> bytes:
@@ -112,7 +138,7 @@ class _Routes:
             raise ApiError(Refusal(404, message, "model_not_found", "model"))
 
 
-def _accepted(result: Sequence[Piece] | Refusal) -> Sequence[Piece]:
+def _accepted(result: T | Refusal) -> T:
     if isinstance(result, Refusal):
         raise ApiError(result)
     return result

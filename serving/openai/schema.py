@@ -8,16 +8,19 @@ another answer than it asked for. Everything wrong raises `ApiError`, whose `bod
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from serving.calls import Call, Message, Refusal
+from configs.schema.generation import MAX_LOGPROBS, MAX_STOPS, Sampling
+from serving.calls import Call, Conversation, Message, Prompt, Refusal
+from serving.openai.formats import ResponseFormat, Strict, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`; a chat goes on until the context window is full."""
-MAX_STOPS = 16
+MAX_CHOICES = 128
 _SHOWN_CHARS = 80
 """Of a value that is quoted in an error."""
 
@@ -43,6 +46,11 @@ def error_body(refusal: Refusal) -> dict[str, Any]:
 
 def _wrong(message: str) -> NoReturn:
     raise PydanticCustomError("wrong", "{message}", {"message": message})
+
+
+def _wrong_field(field: str, message: str) -> NoReturn:
+    """For what only several fields together make wrong: the error's type names the one that is to be changed."""
+    raise PydanticCustomError(field, "{message}", {"message": message})
 
 
 def _is_unicode(text: str) -> str:
@@ -80,6 +88,13 @@ def _stops(value: Any) -> Any:
     return tuple(_is_unicode(stop) for stop in stops)
 
 
+def _biases(value: Any) -> Any:
+    """Token ids come as the names of a JSON object's fields."""
+    if not isinstance(value, dict) or not all(name.isascii() and name.isdecimal() for name in value):
+        _wrong("allowed: an object from token ids to numbers from -100 to 100")
+    return {int(name): bias for name, bias in value.items()}
+
+
 def _content(value: Any) -> Any:
     """A message's text; text parts are joined."""
     if isinstance(value, list):
@@ -90,27 +105,28 @@ def _content(value: Any) -> Any:
     return value
 
 
+Bias = Annotated[float, Field(ge=-100, le=100)]
+LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 UnicodeText = Annotated[str, AfterValidator(_is_unicode)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """How an answer is streamed."""
 
     include_usage: bool = False
 
 
-class ChatMessage(_Strict):
+class ChatMessage(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[UnicodeText, BeforeValidator(_content)]
 
 
-class _Request(_Strict):
+Messages = Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
+
+
+class _Request(Strict):
     """What the two kinds of request share. `null` stands for the default, as OpenAI has it."""
 
     required: ClassVar[frozenset[str]] = frozenset({"model"})
@@ -121,11 +137,25 @@ class _Request(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    n: Annotated[int, Field(ge=1, le=1)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_biases)] = Field({})
+    response_format: ResponseFormat = ResponseFormat(type="text")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     """Who asks, for the client's own records; has no effect."""
+
+    # Not in OpenAI's API, but in that of other servers; `openai` clients send them as `extra_body`.
+    top_k: Annotated[int, Field(ge=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stop_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    structured_outputs: StructuredOutputs | None = None
+    return_sampling: bool = False
+    """Each choice says how it was sampled, defaults and seed included."""
 
     @model_validator(mode="before")
     @classmethod
@@ -135,7 +165,7 @@ class _Request(_Strict):
         optional = cls.model_fields.keys() - cls.required
         cleaned = {key: value for key, value in data.items() if value is not None or key not in optional}
         if "stream_options" in cleaned and cleaned.get("stream") is not True:
-            raise PydanticCustomError("stream_options", "allowed only with stream: true", {})
+            _wrong_field("stream_options", "allowed only with stream: true")
         return cleaned
 
     @property
@@ -143,16 +173,64 @@ class _Request(_Strict):
         """Whether a stream ends with a chunk that holds the usage."""
         return self.stream_options.include_usage
 
-    def _call(self, call_id: str, **kwargs: Any) -> Call:
-        seed = None if self.seed is None else self.seed % (1 << 63)
+    @model_validator(mode="after")
+    def _one_structure(self) -> Self:
+        if self.structured_outputs is not None and self.response_format.type != "text":
+            _wrong_field("structured_outputs", "response_format and structured_outputs exclude each other")
+        if self.min_tokens and self._structure_field is not None:
+            _wrong_field("min_tokens", f"min_tokens and {self._structure_field} exclude each other")
+        return self
+
+    @property
+    def _structure_field(self) -> str | None:
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return None if self.response_format.type == "text" else "response_format"
+
+    def named(self, refusal: Refusal) -> Refusal:
+        """A refusal that names the field as the client knows it."""
+        if refusal.param != "structure":
+            return refusal
+        return replace(refusal, message=f"{self._structure_field}: {refusal.message}", param=self._structure_field)
+
+    def _call(
+        self,
+        call_id: str,
+        prompts: tuple[Prompt, ...],
+        *,
+        max_new_tokens: int | None,
+        logprobs: int | None,
+        echo: bool = False,
+    ) -> Call:
+        form = self.response_format if self.structured_outputs is None else self.structured_outputs
+        sampling = Sampling(
+            # The replica sets it; until then it must not be less than min_tokens.
+            max_new_tokens=self.min_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            logprobs=logprobs,
+            prompt_logprobs=logprobs if echo else None,
+            structure=form.structure(),
+        )
         return Call(
             id=call_id,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            stop=self.stop,
-            seed=seed,
+            prompts=prompts,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            seed=None if self.seed is None else self.seed % (1 << 63),
+            choices=self.n,
+            echo=echo,
+            report_sampling=self.return_sampling,
             whole=not self.stream,
-            **kwargs,
         )
 
 
@@ -162,10 +240,15 @@ class CompletionRequest(_Request):
     required: ClassVar[frozenset[str]] = frozenset({"model", "prompt"})
 
     prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    """0 generates nothing: with `echo` and `logprobs`, the prompt is scored."""
+    echo: bool = False
+    logprobs: LogprobCount | None = None
 
     def call(self, call_id: str) -> Call:
         """What an engine replica is asked."""
-        return self._call(call_id, prompts=self.prompt, max_new_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS)
+        limit = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return self._call(call_id, self.prompt, max_new_tokens=limit, logprobs=self.logprobs, echo=self.echo)
 
 
 class ChatRequest(_Request):
@@ -173,23 +256,57 @@ class ChatRequest(_Request):
 
     required: ClassVar[frozenset[str]] = frozenset({"model", "messages"})
 
-    messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """The newer name of `max_tokens`."""
+    logprobs: bool = False
+    top_logprobs: LogprobCount = 0
 
     @model_validator(mode="after")
-    def _one_limit(self) -> Self:
+    def _consistent(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise PydanticCustomError("max_tokens", "max_tokens and max_completion_tokens exclude each other", {})
+            _wrong_field("max_tokens", "max_tokens and max_completion_tokens exclude each other")
+        if self.top_logprobs and not self.logprobs:
+            _wrong_field("top_logprobs", "top_logprobs is allowed only with logprobs: true")
         return self
 
     def call(self, call_id: str) -> Call:
         """What an engine replica is asked."""
-        messages = tuple(Message(m.role, m.content) for m in self.messages)
-        return self._call(call_id, messages=messages, max_new_tokens=self.max_completion_tokens or self.max_tokens)
+        limit = self.max_completion_tokens or self.max_tokens
+        logprobs = self.top_logprobs if self.logprobs else None
+        return self._call(call_id, (_conversation(self.messages),), max_new_tokens=limit, logprobs=logprobs)
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest)
+class TokenizeRequest(Strict):
+    """Body of `POST /tokenize`: a text, or the messages of a chat."""
+
+    model: str
+    prompt: UnicodeText | None = None
+    messages: Messages | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            _wrong_field("prompt", "allowed: either prompt or messages")
+        return self
+
+    def what(self) -> Prompt:
+        """What is to be tokenized."""
+        return _conversation(self.messages) if self.messages is not None else self.prompt or ""
+
+
+class DetokenizeRequest(Strict):
+    """Body of `POST /detokenize`."""
+
+    model: str
+    tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+
+
+def _conversation(messages: tuple[ChatMessage, ...]) -> Conversation:
+    return Conversation(tuple(Message(m.role, m.content) for m in messages))
+
+
+R = TypeVar("R", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 
 
 def read_request(kind: type[R], body: bytes) -> R:

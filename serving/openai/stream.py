@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.calls import Piece, Refusal
+from serving.openai.logprobs import chat_logprobs, completion_logprobs
 from serving.openai.schema import error_body
 
 logger = logging.getLogger("ray.serve")
@@ -32,20 +33,28 @@ class Answer(ABC):
     """Seconds since the epoch."""
     model: str
     fingerprint: str
+    choices: int = 1
+    """Answers to each prompt."""
 
     whole_object: str = ""
     chunk_object: str = ""
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The body of an answer that is not streamed; one piece an index."""
-        choices = [self._choice(piece) for piece in pieces]
-        return {**self._frame(self.whole_object, choices), "usage": usage(pieces)}
+        choices = [{**self._choice(piece), **_common(piece)} for piece in pieces]
+        return {**self._frame(self.whole_object, choices), "usage": self.usage(pieces)}
 
     def chunks(self, pieces: Sequence[Piece], *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """The events of one batch; pieces of one index are joined."""
         for piece in _joined(pieces):
-            chunk = self._frame(self.chunk_object, [self._chunk_choice(piece)])
+            chunk = self._frame(self.chunk_object, [{**self._chunk_choice(piece), **_common(piece)}])
             yield {**chunk, "usage": None} if include_usage else chunk
+
+    def usage(self, pieces: Sequence[Piece]) -> dict[str, int]:
+        """Tokens over all prompts, each counted once, and answers; one (the last) piece an index."""
+        prompt = sum(piece.prompt_tokens for piece in pieces if piece.index % self.choices == 0)
+        completion = sum(piece.completion_tokens for piece in pieces)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def opening(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """Events before the first piece."""
@@ -53,7 +62,7 @@ class Answer(ABC):
 
     def usage_chunk(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The last event of a stream that was asked to say what it used; `pieces` are the last of each index."""
-        return {**self._frame(self.chunk_object, []), "usage": usage(pieces)}
+        return {**self._frame(self.chunk_object, []), "usage": self.usage(pieces)}
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -80,7 +89,8 @@ class CompletionAnswer(Answer):
     chunk_object: str = "text_completion"
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        return {"index": piece.index, "text": piece.text, "logprobs": None, "finish_reason": piece.finish_reason}
+        logprobs = None if piece.scores is None else completion_logprobs(piece.scores)
+        return {"text": piece.text, "logprobs": logprobs}
 
     def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
         return self._choice(piece)
@@ -94,36 +104,38 @@ class ChatAnswer(Answer):
     chunk_object: str = "chat.completion.chunk"
 
     def opening(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
-        """Says who speaks."""
-        choice = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
-        chunk = self._frame(self.chunk_object, [choice])
-        yield {**chunk, "usage": None} if include_usage else chunk
+        """Says who speaks, in each choice."""
+        for index in range(self.choices):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            chunk = self._frame(self.chunk_object, [choice])
+            yield {**chunk, "usage": None} if include_usage else chunk
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"index": piece.index, "message": message, "logprobs": None, "finish_reason": piece.finish_reason}
+        return {"message": message, "logprobs": _chat_logprobs(piece)}
 
     def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
-        delta = {"content": piece.text} if piece.text else {}
-        return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": piece.finish_reason}
+        return {"delta": {"content": piece.text} if piece.text else {}, "logprobs": _chat_logprobs(piece)}
 
 
-def usage(pieces: Sequence[Piece]) -> dict[str, int]:
-    """Tokens over all prompts and answers; one (the last) piece an index."""
-    prompt = sum(piece.prompt_tokens for piece in pieces)
-    completion = sum(piece.completion_tokens for piece in pieces)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def _chat_logprobs(piece: Piece) -> dict[str, Any] | None:
+    return None if piece.scores is None else chat_logprobs(piece.scores)
+
+
+def _common(piece: Piece) -> dict[str, Any]:
+    """What all kinds of choice hold."""
+    fields = {"index": piece.index, "finish_reason": piece.finish_reason}
+    return fields if piece.sampling is None else {**fields, "sampling": piece.sampling.model_dump(mode="json")}
 
 
 def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     """One piece an index, without those that neither say nor end anything."""
-    merged: dict[int, Piece] = {}
+    parts: dict[int, list[Piece]] = {}
     for piece in pieces:
-        text = merged[piece.index].text + piece.text if piece.index in merged else piece.text
-        merged[piece.index] = Piece(
-            piece.index, text, piece.prompt_tokens, piece.completion_tokens, piece.finish_reason
-        )
-    return [piece for piece in merged.values() if piece.text or piece.finish_reason]
+        parts.setdefault(piece.index, []).append(piece)
+    merged = map(Piece.joined, parts.values())
+    return [piece for piece in merged if piece.text or piece.scores or piece.finish_reason]
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -125,6 +125,30 @@ def test_a_streamed_chat_is_the_whole_one_in_pieces(client: openai.OpenAI) -> No
     assert len(chunks) > 2
 
 
+def test_scores_structures_and_choices_pass_through_replicas(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny", "prompt": "def", "n": 2, "echo": True, "logprobs": 1, "seed": 2, "max_tokens": 20,
+        "extra_body": {"structured_outputs": {"regex": "[a-c]{5}"}, "return_sampling": True},
+    }  # fmt: skip
+    whole = client.completions.create(**asked)
+    assert [choice.text[:3] for choice in whole.choices] == ["def", "def"]
+    assert all(set(choice.text[3:]) <= set("abc") and len(choice.text) == 8 for choice in whole.choices)
+    streamed: dict[int, list[float | None]] = {0: [], 1: []}
+    for chunk in client.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += (choice.logprobs and choice.logprobs.token_logprobs) or []
+    for choice in whole.choices:
+        assert choice.logprobs is not None
+        assert choice.logprobs.token_logprobs is not None
+        assert choice.logprobs.token_logprobs[0] is None
+        assert streamed[choice.index][1:] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
+
+
+def test_texts_become_tokens_and_tokens_texts(http: httpx.Client) -> None:
+    tokens = http.post("/tokenize", json={"model": "tiny", "prompt": "def open"}).json()["tokens"]
+    assert http.post("/detokenize", json={"model": "tiny", "tokens": tokens}).json() == {"prompt": "def open"}
+
+
 def test_an_async_client_is_answered(endpoint: Endpoint) -> None:
     async def several() -> list[str]:
         async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="unused", max_retries=0) as client:
@@ -177,11 +201,19 @@ def completion(**fields: Any) -> bytes:
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "code"),
     [
-        ("/v1/completions", completion(logprobs=2), 400, "logprobs", "unsupported_parameter"),
+        ("/v1/completions", completion(suffix="x"), 400, "suffix", "unsupported_parameter"),
         ("/v1/completions", completion(tools=[]), 400, "tools", "unsupported_parameter"),
         ("/v1/completions", completion(temperature="hot"), 400, "temperature", "invalid_value"),
         ("/v1/completions", completion(temperature=float("nan")), 400, None, "invalid_json"),
-        ("/v1/completions", completion(n=2), 400, "n", "invalid_value"),
+        ("/v1/completions", completion(n=0), 400, "n", "invalid_value"),
+        ("/v1/completions", completion(n=3), 400, "n", "invalid_request"),
+        (
+            "/v1/completions",
+            completion(structured_outputs={"regex": "("}),
+            400,
+            "structured_outputs",
+            "invalid_request",
+        ),
         ("/v1/completions", completion(prompt=""), 400, "prompt", "invalid_request"),
         ("/v1/completions", completion(prompt=[10**6]), 400, "prompt", "invalid_request"),
         ("/v1/completions", completion(prompt=["a"] * 3), 400, "prompt", "invalid_request"),

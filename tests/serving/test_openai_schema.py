@@ -5,7 +5,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serving.calls import Message, Piece
+from configs.schema.generation import Sampling, Structure
+from serving.calls import Conversation, Message, Piece, Refusal, TokenScore
+from serving.openai.logprobs import chat_logprobs, completion_logprobs
 from serving.openai.schema import ApiError, ChatRequest, CompletionRequest, error_body, read_request
 from serving.openai.stream import ChatAnswer, CompletionAnswer
 
@@ -34,12 +36,14 @@ def test_a_prompt_has_four_forms(prompt: Any, prompts: Any) -> None:
 
 def test_defaults_are_those_of_openai() -> None:
     call = completion().call("id")
-    assert (call.max_new_tokens, call.temperature, call.top_p, call.stop, call.seed) == (16, 1.0, 1.0, (), None)
+    assert (call.max_new_tokens, call.seed, call.choices, call.echo) == (16, None, 1, False)
+    assert call.sampling == Sampling(max_new_tokens=0)
     assert chat().call("id").max_new_tokens is None
 
 
 def test_null_stands_for_the_default() -> None:
     fields = dict.fromkeys(("max_tokens", "temperature", "top_p", "stop", "seed", "n", "stream", "stream_options"))
+    fields |= dict.fromkeys(("logprobs", "echo", "logit_bias", "response_format", "structured_outputs", "min_p"))
     assert completion(**fields) == completion()
 
 
@@ -55,7 +59,9 @@ def test_both_names_of_the_token_limit_are_understood() -> None:
 
 def test_text_parts_of_a_message_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert chat(messages=[{"role": "user", "content": parts}]).call("id").messages == (Message("user", "ab"),)
+    assert chat(messages=[{"role": "user", "content": parts}]).call("id").prompts == (
+        Conversation((Message("user", "ab"),)),
+    )
 
 
 def test_a_negative_seed_is_a_seed() -> None:
@@ -64,7 +70,7 @@ def test_a_negative_seed_is_a_seed() -> None:
     assert 0 <= seed < 1 << 63
 
 
-@pytest.mark.parametrize("field", ["logprobs", "echo", "best_of", "suffix", "logit_bias", "presence_penalty", "top_k"])
+@pytest.mark.parametrize("field", ["best_of", "suffix", "tools", "modalities", "top_logprobs"])
 def test_a_field_that_is_not_honoured_is_refused_by_name(field: str) -> None:
     with pytest.raises(ApiError) as raised:
         completion(**{field: 1})
@@ -82,9 +88,37 @@ def test_a_field_that_is_not_honoured_is_refused_by_name(field: str) -> None:
         ({"temperature": True}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": 1}, "echo"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": -2.1}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "text", "json_schema": {"name": "n", "schema": {}}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"xgrammar": "a"}}, "structured_outputs.xgrammar"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 1}, "min_tokens"),
         ({"seed": "x"}, "seed"),
         ({"seed": 1 << 64}, "seed"),
         ({"stop": [""]}, "stop"),
@@ -107,6 +141,63 @@ def test_a_wrong_value_is_refused_by_name(fields: dict[str, Any], param: str) ->
         completion(**fields)
     assert raised.value.refusal.status == 400
     assert raised.value.refusal.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"echo": True}, "echo"),
+    ],
+)
+def test_a_wrong_value_of_a_chat_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as raised:
+        chat(**fields)
+    assert raised.value.refusal.param == param
+
+
+def test_controls_reach_the_engine_under_its_own_names() -> None:
+    controls = {
+        "temperature": 0.5, "top_k": 4, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.2,
+        "frequency_penalty": -0.3, "min_tokens": 3,
+    }  # fmt: skip
+    asked = completion(**controls, logit_bias={"7": -100}, stop=["a"], stop_token_ids=[9], logprobs=2, echo=True, n=3)
+    call = asked.call("id")
+    assert call.sampling == Sampling(
+        **controls, max_new_tokens=3, logit_bias={7: -100}, stop=("a",), stop_token_ids=(9,), logprobs=2,
+        prompt_logprobs=2,
+    )  # fmt: skip
+    assert (call.choices, call.echo) == (3, True)
+    assert completion(logprobs=0).call("id").sampling.logprobs == 0
+    assert chat(logprobs=True).call("id").sampling.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=5).call("id").sampling.logprobs == 5
+    assert completion(max_tokens=0).call("id").max_new_tokens == 0
+
+
+def test_forms_of_an_answer_reach_the_engine_as_structures() -> None:
+    def structure(**fields: Any) -> Structure | None:
+        return chat(**fields).call("id").sampling.structure
+
+    schema = {"type": "integer"}
+    named = {"name": "n", "schema": schema, "strict": True, "description": "d"}
+    assert structure(response_format={"type": "text"}) is None
+    assert structure(response_format={"type": "json_object"}) == Structure(json_schema='{"type": "object"}')
+    expected = Structure(json_schema=json.dumps(schema))
+    assert structure(response_format={"type": "json_schema", "json_schema": named}) == expected
+    assert structure(structured_outputs={"json": schema}) == expected
+    assert structure(structured_outputs={"regex": "a+"}) == Structure(regex="a+")
+    assert structure(structured_outputs={"grammar": "start: A"}) == Structure(grammar="start: A")
+    assert structure(structured_outputs={"choice": ["a", "b"]}) == Structure(choice=("a", "b"))
+
+
+def test_a_structure_that_is_refused_is_named_as_the_client_named_it() -> None:
+    refusal = Refusal(400, "message", "invalid_request", "structure")
+    assert chat(response_format={"type": "json_object"}).named(refusal).param == "response_format"
+    assert chat(structured_outputs={"regex": "a"}).named(refusal).param == "structured_outputs"
 
 
 @pytest.mark.parametrize(
@@ -185,3 +276,27 @@ def test_chunks_of_one_batch_are_joined_and_say_as_much_as_the_whole(kind: Any) 
     assert '"ab"' in text
     total = answer.usage_chunk([pieces[2], Piece(1, "", 3, 4, "stop")])["usage"]
     assert total == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+
+
+def test_tokens_that_are_part_of_a_character_are_named_by_their_bytes() -> None:
+    scores = (
+        TokenScore(b"a", 0, None),
+        TokenScore(b"\xf0\x9f", 1, -0.5, ((b"\xf0\x9f", -0.5), (b"b", -2.0))),
+        TokenScore(b"c", 1, float("-inf"), ((b"b", -0.25),)),
+    )
+    assert completion_logprobs(scores) == {
+        "tokens": ["a", "bytes:\\xf0\\x9f", "c"],
+        "token_logprobs": [None, -0.5, -9999.0],
+        "top_logprobs": [None, {"bytes:\\xf0\\x9f": -0.5, "b": -2.0}, {"b": -0.25, "c": -9999.0}],
+        "text_offset": [0, 1, 1],
+    }
+    entry = chat_logprobs(scores[1:2])["content"][0]
+    assert (entry["token"], entry["bytes"], entry["logprob"]) == ("\\xf0\\x9f", [0xF0, 0x9F], -0.5)
+    assert [other["token"] for other in entry["top_logprobs"]] == ["\\xf0\\x9f", "b"]
+
+
+def test_a_prompt_is_counted_once_however_many_answers_it_gets() -> None:
+    answer = CompletionAnswer("id", 1, "m", "fp", 2)
+    pieces = [Piece(index, "", 5 + index // 2, 3, "stop") for index in range(4)]
+    assert answer.usage(pieces) == {"prompt_tokens": 11, "completion_tokens": 12, "total_tokens": 23}
+    assert len(list(ChatAnswer("id", 1, "m", "fp", 3).opening(include_usage=False))) == 3

@@ -43,7 +43,8 @@ def test_concurrent_streams_get_what_the_engine_gives_alone(folder: Path) -> Non
 
 
 def test_a_closed_stream_cancels_its_request_and_frees_its_place(folder: Path) -> None:
-    engine = AsyncEngine(load(folder, max_sequences=1))
+    inner = load(folder, max_sequences=1)
+    engine = AsyncEngine(inner)
 
     async def run() -> Completion:
         stream = engine.stream(request("long", new=4000))
@@ -53,20 +54,30 @@ def test_a_closed_stream_cancels_its_request_and_frees_its_place(folder: Path) -
 
     assert len(asyncio.run(run()).token_ids) == 2
     engine.close()
+    assert inner.tokens_run < 2000
 
 
 def test_a_cancelled_task_cancels_its_request(folder: Path) -> None:
-    engine = AsyncEngine(load(folder, max_sequences=1))
+    inner = load(folder, max_sequences=1)
+    engine = AsyncEngine(inner)
 
     async def run() -> None:
-        task = asyncio.create_task(collect(engine, request("long", new=4000)))
-        await asyncio.sleep(0.2)
+        begun = asyncio.Event()
+
+        async def read() -> None:
+            async for _ in engine.stream(request("long", new=4000)):
+                begun.set()
+
+        task = asyncio.create_task(read())
+        await begun.wait()
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        await asyncio.wait_for(collect(engine, request("next", new=2)), timeout=20)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await collect(engine, request("next", new=2))
 
     asyncio.run(run())
     engine.close()
+    assert inner.tokens_run < 2000
 
 
 def test_refusals_are_raised_to_the_one_who_asked(folder: Path) -> None:
@@ -115,7 +126,7 @@ def test_a_failing_step_reaches_every_stream_and_later_requests(folder: Path) ->
         for stream in streams:
             await anext(stream)
         # A cache that is gone stands for a device that is lost.
-        del inner._cache._kv_LASKPD
+        del inner._cache._kv_LARKPD
         results = await asyncio.gather(*(drain(stream) for stream in streams), return_exceptions=True)
         return [*results, *await asyncio.gather(collect(engine, request("late")), return_exceptions=True)]
 
@@ -125,7 +136,7 @@ def test_a_failing_step_reaches_every_stream_and_later_requests(folder: Path) ->
 
     for error in asyncio.run(run()):
         assert isinstance(error, EngineError)
-        assert "_kv_LASKPD" in str(error)
+        assert "_kv_LARKPD" in str(error)
     assert not engine.healthy
     engine.close()
 

@@ -1,0 +1,92 @@
+"""A model folder opened through `transformers`, whole or not at all; where and in which precision it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from configs.errors import ArtifactError, ContractError, CorruptArtifactError
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def placement(precision: Precision, device: str) -> tuple[torch.dtype, torch.device]:
+    """Weights' type and place: `auto` is the first GPU if there is one, and bf16 where there is arithmetic for it."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if precision == "auto":
+        if where.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32, where
+
+
+def read_config(folder: Path) -> Any:
+    """The `transformers` config of a model folder. Raises `ArtifactError` if there is none."""
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"no config.json in {folder}", allowed="a model folder", next_step="ganymede artifacts list"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtifactError(f"{folder / 'config.json'} is no model config: {error}") from error
+
+
+def check_vocabulary(folder: Path, tokens: int, config: Any) -> None:
+    """Raises `ContractError` if the tokenizer of a folder has more tokens than the model."""
+    if tokens > config.vocab_size:
+        raise ContractError(
+            f"the tokenizer in {folder} has more tokens than the model",
+            received=tokens,
+            allowed=f"at most {config.vocab_size}",
+            next_step="use the tokenizer files that were published with the model",
+        )
+
+
+def load_modules(
+    folder: Path,
+    auto_class: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "sdpa",
+    optional: Collection[str] = (),
+) -> Any:
+    """The model of a folder as `auto_class` builds it, for inference; `attention` as `transformers` names it.
+
+    `transformers` gives weights that a file does not hold random values; here they are an error, but for modules
+    whose names begin with one of `optional`. Raises `ArtifactError` if there are no safetensors weights or no such
+    model, `CorruptArtifactError` if the weights cannot be read or are not all there.
+    """
+    if not any(folder.glob("*.safetensors")):
+        raise ArtifactError(f"no *.safetensors in {folder}", allowed="a model folder with safetensors weights")
+    try:
+        model, info = auto_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise CorruptArtifactError(
+            f"the weights in {folder} cannot be read: {error}", next_step="ganymede artifacts verify"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{folder} is no model that transformers can build: {error}") from error
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(tuple(optional)))
+    if missing:
+        raise CorruptArtifactError(
+            f"{folder}: the weights hold no {missing[0]}",
+            received=f"{len(missing)} tensors missing",
+            next_step="ganymede artifacts verify",
+        )
+    return model.to(device).eval()
