@@ -147,8 +147,8 @@ def _ledger(ref: str, step: int) -> list[Sample]:
                 received=corpus.digest, allowed=record.digest, next_step="run the recipe again",
             )  # fmt: skip
         folders[name] = corpus.path
-    rows = open_split("train", corpora=folders, config=config, row_tokens=context_length(model.path))
-    return rows.provenance(step - 1)
+    row_tokens = config.model.context_length if config.model.start is None else context_length(model.path)
+    return open_split("train", corpora=folders, config=config, row_tokens=row_tokens).provenance(step - 1)
 
 
 def _open(ref: str) -> tuple[Artifact, Artifact]:

@@ -12,6 +12,9 @@ from actors.store.tracker import MlflowTracker
 from tests.actors.store.mlflow_server import Server
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     server = Server.made(tmp_path_factory.mktemp("server"))

@@ -100,7 +100,8 @@ def kill_a_worker() -> None:
     os.kill(training_workers()[0].pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(480)
 def test_an_interrupted_run_goes_on_and_outlives_a_killed_worker(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, Watcher(20, interrupt))
