@@ -11,7 +11,6 @@ from actors.store.registry import Registry
 from actors.store.tracker import MlflowTracker
 from tests.actors.store.mlflow_server import Server
 
-
 pytestmark = pytest.mark.slow
 
 
