@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ from actors.engine.encodings import (
 )
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
-from actors.engine.runner import check_kind
+from actors.engine.runner import check_kind, run_to_end
 from actors.text import ModelInput, Text
 from configs.errors import ArtifactError, EngineError, OverloadedError, RequestError
 
@@ -134,18 +135,7 @@ class EncoderEngine:
         Raises `RequestError` before anything runs if one of them cannot be served, and `EngineError` if other
         requests are in flight (their events would be lost).
         """
-        if self.has_work:
-            raise EngineError("encode was called while other requests are in flight")
-        events: dict[str, EncodeEvent] = {}
-        try:
-            for request in requests:
-                self._add(request, bounded=False)
-            while self.has_work:
-                events.update((event.request_id, event) for event in self.step())
-        finally:
-            for request in requests:
-                self.cancel(request.id)
-        return [events[request.id] for request in requests]
+        return [event for (event,) in run_to_end(self, requests, partial(self._add, bounded=False))]
 
     def _add(self, request: EncodeRequest, *, bounded: bool) -> None:
         self._check(request)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -21,7 +22,7 @@ from actors.engine.emission import emit, wanted
 from actors.engine.modules import Decoder, DecoderChoice, load_decoder
 from actors.engine.pretrained import Precision, check_vocabulary, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
-from actors.engine.runner import check_kind
+from actors.engine.runner import check_kind, run_to_end
 from actors.engine.scheduler import Scheduler, Span, Turn
 from actors.engine.sequence import Sequence
 from actors.engine.structured import Structures
@@ -168,19 +169,8 @@ class Engine:
         Raises `RequestError` before anything runs if one of them cannot be served, and `EngineError` if other
         requests are in flight (their events would be lost).
         """
-        if self.has_work:
-            raise EngineError("generate was called while other requests are in flight")
-        events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-        try:
-            for request in requests:
-                self._add(request, bounded=False)
-            while self.has_work:
-                for event in self.step():
-                    events[event.request_id].append(event)
-        finally:
-            self._ready.clear()
-            self._forget(list(self._sequences.values()))
-        return [Completion.of(events[request.id]) for request in requests]
+        ended = run_to_end(self, requests, partial(self._add, bounded=False))
+        return [Completion.of(events) for events in ended]
 
     @torch.inference_mode()
     def score(self, rows: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from configs.errors import GanymedeError, RequestError
+from configs.errors import EngineError, GanymedeError, RequestError
 
 
 class Asked(Protocol):
@@ -59,6 +59,32 @@ class Runner(Protocol[RequestT, EventT]):
     def step(self) -> Sequence[EventT]:
         """Runs what is scheduled, and returns what there is to show for it."""
         ...
+
+
+def run_to_end(
+    runner: Runner[RequestT, EventT], requests: Sequence[RequestT], add: Callable[[RequestT], None]
+) -> list[list[EventT]]:
+    """Every event of each of `requests`, however many they are, in their order; `add` queues one without a bound.
+
+    Raises what `add` raises, before anything runs, and `EngineError` if other requests are in flight (their events
+    would be lost).
+    """
+    if runner.has_work:
+        raise EngineError(
+            "requests cannot be run to their end while others are in flight",
+            next_step="submit them and call step, or wait until the others have ended",
+        )
+    events: dict[str, list[EventT]] = {request.id: [] for request in requests}
+    try:
+        for request in requests:
+            add(request)
+        while runner.has_work:
+            for event in runner.step():
+                events[event.request_id].append(event)
+    finally:
+        for request in requests:
+            runner.cancel(request.id)
+    return [events[request.id] for request in requests]
 
 
 def check_kind(request: Any, kind: type, does: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from actors.engine.emission import emit, wanted
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
-from actors.engine.runner import check_kind
+from actors.engine.runner import check_kind, run_to_end
 from actors.engine.scheduler import Scheduler, Turn
 from actors.engine.seq2seq_decoder import Seq2SeqDecoder
 from actors.engine.sequence import Sequence
@@ -248,19 +249,8 @@ class Seq2SeqEngine:
         Raises `RequestError` before anything runs if one of them cannot be served, and `EngineError` if other
         requests are in flight (their events would be lost).
         """
-        if self.has_work:
-            raise EngineError("generate was called while other requests are in flight")
-        events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-        try:
-            for request in requests:
-                self._add(request, bounded=False)
-            while self.has_work:
-                for event in self.step():
-                    events[event.request_id].append(event)
-        finally:
-            for request in requests:
-                self.cancel(request.id)
-        return [Completion.of(events[request.id]) for request in requests]
+        ended = run_to_end(self, requests, partial(self._add, bounded=False))
+        return [Completion.of(events) for events in ended]
 
     def _add(self, request: Request, *, bounded: bool) -> None:
         self._check(request)

@@ -19,7 +19,7 @@ RECIPE = Path(__file__).with_name("recipe.yaml")
 class Command:
     """`ganymede run` on a recipe (the tiny one unless told otherwise), in a process of its own."""
 
-    def __init__(self, home: Path, recipe: Path = RECIPE, *, tracking_uri: str = "") -> None:
+    def __init__(self, home: Path, recipe: Path = RECIPE, *, tracking_uri: str = "", terminal: bool = False) -> None:
         self.home = home
         environment = {**os.environ, "GANYMEDE_HOME": str(home), "MLFLOW_TRACKING_URI": tracking_uri}
         environment.pop("RAY_ADDRESS", None)
@@ -29,6 +29,7 @@ class Command:
             env=environment,
             stdout=subprocess.PIPE,
             stderr=self.log,
+            start_new_session=terminal,
         )
 
     def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
@@ -38,6 +39,10 @@ class Command:
             assert self.process.poll() is None, f"ended before the condition; see {self.log.name}"
             assert time.monotonic() < deadline, f"the condition did not come; see {self.log.name}"
             time.sleep(0.01)
+
+    def interrupt(self) -> None:
+        """Ctrl-C in the terminal of a command that has one: everything it started in the foreground gets it."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def kill(self) -> None:
         """kill -9 of the driver; its Ray processes must follow within seconds."""
