@@ -2,8 +2,8 @@
 
     python -m benchmarks.corpus [--mode MODE] [--quick] [--json] [--peers PYTHON] [--data FOLDER]
 
-Other modes measure filters and duplicates (`refined`), WordPiece and Unigram (`tokenizers`), one worker against two
-(`workers`), the loader and memory.
+Other modes measure a gigabyte (`large`), filters and duplicates (`refined`), WordPiece and Unigram (`tokenizers`), one
+worker against two (`workers`), the loader and memory.
 
 All of them read the same files, use the same tokenizer.json and the same number of processes, and the ids of every
 document are compared. The peers live in an environment of their own:

@@ -41,6 +41,7 @@ from pipelines.corpus.packing import (
 from pipelines.corpus.permutation import Permutation
 from pipelines.corpus.reading import ShardFiles, ShardFolder, TokenStream
 from pipelines.corpus.shards import CorpusIndex
+from pipelines.corpus.stretches import Slice, Stretches
 
 Rows = npt.NDArray[np.int64]
 
@@ -169,6 +170,13 @@ class Loader:
         self._row_tokens = rowing.row_tokens
         self._padded = rowing.layout != "concat"
         self._batch_rows = batch_rows
+        shape = {"batch_rows": batch_rows, "row_tokens": rowing.row_tokens}
+        self._batches: Stretches[Rows] = Stretches(
+            lambda steps, its: self._plain(self._draw(steps, its)), lambda rows, part: rows[part].copy(), **shape
+        )
+        self._packed_batches: Stretches[PackedRows] = Stretches(
+            lambda steps, its: self._described(self._draw(steps, its)), PackedRows.part, **shape
+        )
         self.vocab_size = sources[0].index.vocab_size
         self.tokens = sum(s.stream.record.tokens for s in sources)
         self.bytes_per_token = sum(s.stream.record.text_bytes for s in sources) / self.tokens
@@ -249,12 +257,11 @@ class Loader:
             InputError: the batch cannot be divided so.
             StorageError: an object store does not answer.
         """
-        shares = self._draw(step, rank, world_size)
-        return self._tokens(shares, self._pieces(shares))
+        return self._batches.batch(step, self._slice(step, rank, world_size))
 
     def packed(self, step: int, rank: int = 0, world_size: int = 1) -> PackedRows:
         """The same rows as `batch`, with what keeps attention inside documents. Raises as `batch` does."""
-        return self._described(self._draw(step, rank, world_size))
+        return self._packed_batches.batch(step, self._slice(step, rank, world_size))
 
     def ledger(self, step: int, rank: int = 0, world_size: int = 1) -> Rows:
         """Which samples `batch` gives: source, epoch of that source and row, [batch_rows / world_size, 3].
@@ -262,7 +269,7 @@ class Loader:
         Raises:
             InputError: the batch cannot be divided so.
         """
-        shares = self._draw(step, rank, world_size)
+        shares = self._draw(range(step, step + 1), self._slice(step, rank, world_size))
         samples = np.empty((sum(len(share.slots) for share in shares), 3), dtype=np.int64)
         for share in shares:
             samples[share.slots, 0] = share.number
@@ -273,7 +280,7 @@ class Loader:
     def provenance(self, step: int) -> list[Sample]:
         """The rows of the global batch of `step` with the documents they hold, in the order of `ledger`."""
         samples: dict[int, Sample] = {}
-        for share in self._draw(step, 0, 1):
+        for share in self._draw(range(step, step + 1), self._slice(step, 0, 1)):
             epochs = np.broadcast_to(share.epochs, share.rows.shape)
             places = share.slots * (self._row_tokens + 1)
             pieces = share.source.packing.pieces(share.rows, places)
@@ -290,8 +297,7 @@ class Loader:
 
     def rows(self, count: int) -> Rows:
         """`count` rows (all, if there are fewer) spread evenly over the split, in document order: for evaluation."""
-        shares = self._spread(count)
-        return self._tokens(shares, self._pieces(shares))
+        return self._plain(self._spread(count))
 
     def packed_rows(self, count: int) -> PackedRows:
         """The same rows as `rows`, with what keeps attention inside documents."""
@@ -307,8 +313,7 @@ class Loader:
         named = zip(self._mixture.sources, self._sources, strict=True)
         return {name: source.packing.report(source.offsets) for name, source in named}
 
-    def _draw(self, step: int, rank: int, world_size: int) -> list[_Share]:
-        """What each source gives to the rows of `rank` in the batch of `step`."""
+    def _slice(self, step: int, rank: int, world_size: int) -> Slice:
         if self._batch_rows % world_size or not 0 <= rank < world_size or step < 0:
             raise InputError(
                 "batch cannot be divided",
@@ -316,11 +321,15 @@ class Loader:
                 allowed="step >= 0, 0 <= rank < world_size, and a batch_rows that world_size divides",
                 next_step="set training.batch_rows to a multiple of training.workers",
             )
-        count = self._batch_rows // world_size
-        first = step * self._batch_rows + rank * count
-        samples = np.arange(first, first + count)
+        return Slice(rank, world_size)
+
+    def _draw(self, steps: range, its: Slice) -> list[_Share]:
+        """What each source gives to the rows of a slice in the batches of `steps`."""
+        count = self._batch_rows // its.world_size
+        first = np.array(steps) * self._batch_rows + its.rank * count
+        samples = (first[:, np.newaxis] + np.arange(count)).ravel()
         if len(self._sources) == 1:
-            return [_Share(0, self._sources[0], np.arange(count), *self._sources[0].order(samples))]
+            return [_Share(0, self._sources[0], np.arange(len(samples)), *self._sources[0].order(samples))]
         sources, ordinals = self._mixture.draw(samples)
         shares = []
         for number, source in enumerate(self._sources):
@@ -346,6 +355,9 @@ class Loader:
         """The pieces of each share."""
         width = self._row_tokens + 1
         return [share.source.packing.pieces(share.rows, share.slots * width) for share in shares]
+
+    def _plain(self, shares: list[_Share]) -> Rows:
+        return self._tokens(shares, self._pieces(shares))
 
     def _tokens(self, shares: list[_Share], pieces: list[Pieces]) -> Rows:
         """Rows that hold `pieces` of `shares`; other places hold the end-of-text token."""

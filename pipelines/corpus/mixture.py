@@ -94,8 +94,13 @@ class Mixture:
             self._patterns.append(_Pattern(first, before, [weight // common for weight in weights]))
 
     def draw(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Sources (numbers into `sources`) of global samples of one step, and their places among their source's."""
-        return self._patterns[bisect_right(self._firsts, samples[0]) - 1].draw(samples)
+        """Sources (numbers into `sources`) of global samples in rising order, and their places among their source's."""
+        phases = np.split(samples, np.searchsorted(samples, self._firsts[1:]))
+        drawn = [pattern.draw(part) for pattern, part in zip(self._patterns, phases, strict=True) if len(part)]
+        if len(drawn) == 1:
+            return drawn[0]
+        sources, ordinals = zip(*drawn, strict=True)
+        return np.concatenate(sources), np.concatenate(ordinals)
 
     def taken(self, sample: int) -> Ints:
         """How many samples of each source come before global sample `sample`."""

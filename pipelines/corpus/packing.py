@@ -285,6 +285,10 @@ class PackedRows:
     held: Flags
     """[rows, T + 1]: False is padding."""
 
+    def part(self, rows: slice) -> Self:
+        """A copy of some of the rows."""
+        return type(self)(self.tokens[rows].copy(), self.positions[rows].copy(), self.held[rows].copy())
+
     @property
     def targets(self) -> Flags:
         """[rows, T]: whether the prediction at t, of the token at t + 1, stays in one document."""

@@ -117,6 +117,21 @@ def test_any_step_can_be_read_first(corpus: Path) -> None:
     assert _open(corpus).batch(10**12).shape == (8, 17)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batches_are_the_same_in_whatever_order_steps_are_read(corpus: Path, other: Path, layout: Layout) -> None:
+    """A reader that goes step by step is given parts of longer stretches; these run over epochs and phases."""
+    phases = Phase(weights={"a": 3, "b": 1}), Phase(from_step=7, weights={"a": 1, "b": 3})
+    loader = _mix({"a": corpus, "b": other}, *phases, layout=layout)
+    for step in (0, 1, 2, 6, 7, 8, 3, 4, 5, 5, 9, 10, 700, 701, 2, 3, 6, 7):
+        fresh = _mix({"a": corpus, "b": other}, *phases, layout=layout).packed(step)
+        packed = loader.packed(step)
+        for found, expected in zip(
+            (loader.batch(step), *vars(packed).values()), (fresh.tokens, *vars(fresh).values()), strict=True
+        ):
+            assert np.array_equal(found, expected)
+            found[:] = 0  # who asks for a batch may write to it
+
+
 def test_rows_for_evaluation_are_spread_over_the_split(corpus: Path) -> None:
     loader = _open(corpus)
     starts = loader.rows(5)[:, 0]
