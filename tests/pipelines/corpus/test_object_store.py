@@ -1,8 +1,11 @@
-"""Sources in an S3-compatible object store: a real server (moto's) on loopback, read through `pyarrow.fs`."""
+"""Sources in object stores: servers on loopback (moto for S3, an emulator of Google's), read through `pyarrow.fs`."""
 
 import gzip
 import json
 import logging
+import socket
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +219,29 @@ def test_a_secret_in_an_address_is_refused_and_not_repeated() -> None:
     with pytest.raises(DataError, match=r"AWS_ACCESS_KEY_ID") as raised:
         list_source(SourceConfig(path="s3://AKIAKEY:topsecret@bucket/data"))
     assert "topsecret" not in str(raised.value)
+
+
+def test_a_source_in_googles_store_is_the_source_on_the_disk(local: Path, data: dict[str, bytes]) -> None:
+    pytest.importorskip("gcp_storage_emulator", reason="Google's store has no emulator here")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    program = "import sys; from gcp_storage_emulator.__main__ import main; main(sys.argv[1:])"
+    options = ["start", "--host=127.0.0.1", f"--port={port}", "--in-memory", "--default-bucket=bucket"]
+    emulator = subprocess.Popen([sys.executable, "-c", program, *options], stderr=subprocess.DEVNULL)
+    address = f"scheme=http&endpoint_override=127.0.0.1%3A{port}&retry_limit_seconds=20"
+    try:
+        files, _ = fs.FileSystem.from_uri(f"gs://anonymous@bucket?{address}")
+        for name, content in data.items():
+            with files.open_output_stream(f"bucket/data/{name}", compression=None) as sink:
+                sink.write(content)
+        there = _read(SourceConfig(path=f"gs://anonymous@bucket/data?{address}"))
+    finally:
+        emulator.kill()
+        emulator.wait()
+    here = _read(SourceConfig(path=str(local)))
+    assert there[0].digest == here[0].digest
+    assert there[1:] == here[1:]
+    assert len(there[1]) == 3 * len(TEXTS) + 1
 
 
 @pytest.mark.slow  # the client tries for six seconds
