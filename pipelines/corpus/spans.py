@@ -81,8 +81,10 @@ class Commit(BaseModel):
     """blake3 of each split's part, and of the fingerprints where there are any."""
     tokens: int
     ledger: Ledger
+    checked: int
+    """Documents that were encoded by both the backend and `tokenizers`."""
     differing: tuple[str, ...]
-    """Names of the documents that gigatoken and `tokenizers` encoded differently."""
+    """Names of those among them that the two encoded differently."""
 
 
 def part_path(parts: Path, number: int, name: str) -> Path:
@@ -156,6 +158,7 @@ def encode_span(span: Span) -> Commit:
     fingerprints = None if span.dedup is None else Fingerprints(span.dedup)
     parts: dict[str, _Part] = {split: _Part() for split in SPLITS}
     ledger = Ledger()
+    checked = 0
     differing: list[str] = []
     for documents in read_documents(span.listing, span.pieces, span.source, ledger):
         held_out = [is_validation(digest, span.split) for digest in documents.digests]
@@ -170,8 +173,10 @@ def encode_span(span: Span) -> Commit:
         for split, part in parts.items():
             encoded = {row: i for row, i in ids.items() if held_out[row] == (split == "validation")}
             part.add(documents, encoded, encoder.end_of_text_id, span.dtype)
-        differing.extend(_differing(documents, ids, encoder, chat))
-    return _commit(span, parts, fingerprints, ledger, tuple(differing))
+        twice = [] if span.backend == "tokenizers" else [row for row in ids if is_checked(documents.digests[row])]
+        checked += len(twice)
+        differing.extend(_differing(documents, twice, encoder, chat))
+    return _commit(span, parts, fingerprints, ledger, checked, tuple(differing))
 
 
 def _render(documents: Documents, rows: Iterable[int], chat: ChatEncoder, ledger: Ledger) -> dict[int, Ids]:
@@ -191,10 +196,8 @@ def is_checked(digest: str) -> bool:
 
 
 def _differing(documents: Documents, rows: Iterable[int], encoder: Encoder, chat: ChatEncoder | None) -> Iterator[str]:
-    """Names of those among the rows that are checked that the encoder's backends disagree on."""
+    """Names of the rows that the encoder's backends disagree on."""
     for row in rows:
-        if not is_checked(documents.digests[row]):
-            continue
         if chat is None:
             agrees = encoder.agrees(documents.texts[row].decode())
         else:
@@ -208,6 +211,7 @@ def _commit(
     parts: dict[str, _Part],
     fingerprints: Fingerprints | None,
     ledger: Ledger,
+    checked: int,
     differing: tuple[str, ...],
 ) -> Commit:
     batches = {split: part.batch(span) for split, part in parts.items()}
@@ -227,6 +231,7 @@ def _commit(
             parts=written,
             tokens=sum(sum(part.lengths) for part in parts.values()),
             ledger=ledger,
+            checked=checked,
             differing=differing,
         )
         write_durably(span.parts / f"{span.number:06d}.json", commit.model_dump_json().encode())

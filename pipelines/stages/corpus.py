@@ -68,6 +68,8 @@ class CorpusStage:
             backend, reason = "tokenizers", f"{backend} encoded {encoded.differing} differently"
             encoded = _encode(config, listing, tokenizer, backend, evaluation, context, encoder.vocab_size)
         check_unchanged(listing, config.source)
+        if backend != "tokenizers":
+            reason += f", and on {encoded.checked} documents on the way"
         parts = _parts(context, backend)
         account = _account(listing, parts, encoded.spans, context.out / "quarantine.jsonl")
         files = len(listing.files) + len(listing.unreadable)
@@ -130,6 +132,8 @@ class _Encoded:
     """What encoding ended with."""
 
     spans: int
+    checked: int
+    """Documents that both the backend and `tokenizers` encoded."""
     differing: str | None
     """A document that the backend and `tokenizers` encoded differently: nothing that was encoded may be used."""
 
@@ -140,6 +144,7 @@ class _Done:
 
     size_bytes: int
     tokens: int
+    checked: int
     differing: tuple[str, ...]
 
 
@@ -167,7 +172,7 @@ def _encode(
     spans = [replace(first, number=n, pieces=pieces) for n, pieces in enumerate(plan)]
     done = {span.number: _done(span, commit) for span in spans if (commit := load_commit(span)) is not None}
     kept = sum(d.size_bytes for d in done.values())
-    total, tokens = kept, sum(d.tokens for d in done.values())
+    total, tokens, checked = kept, sum(d.tokens for d in done.values()), sum(d.checked for d in done.values())
     started = time.monotonic()
 
     def advance() -> None:
@@ -182,11 +187,12 @@ def _encode(
         for result in results:
             context.check_lease()
             total, tokens = total + result.size_bytes, tokens + result.tokens
+            checked += result.checked
             advance()
             if result.differing:
                 differing = result.differing[0]
                 break
-    return _Encoded(len(spans), differing)
+    return _Encoded(len(spans), checked, differing)
 
 
 def _encode_one(span: Span) -> _Done:
@@ -194,7 +200,7 @@ def _encode_one(span: Span) -> _Done:
 
 
 def _done(span: Span, commit: Commit) -> _Done:
-    return _Done(span.size_bytes, commit.tokens, commit.differing)
+    return _Done(span.size_bytes, commit.tokens, commit.checked, commit.differing)
 
 
 def _account(listing: Listing, parts: Path, spans: int, quarantine: Path) -> Account:

@@ -201,6 +201,18 @@ def test_a_difference_found_on_the_way_makes_everything_anew_with_tokenizers(
     assert [c.differing for c in records if c.differing] == [("99.py",)]
 
 
+def test_the_summary_counts_the_documents_that_both_encoders_saw(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number:02}.py").write_text(f"text {number} " * 500)
+    checked = sum(is_checked(blake3.blake3(p.read_bytes()).hexdigest()) for p in source.iterdir())
+    (source / "99.py").write_text(next(t for t in (f"Page {n}" for n in range(10**6)) if _checked_late(t)))
+    for _ in range(2):  # encoded, and read from the commits
+        _, summary = run("checked", source)
+        assert summary["encoder_reason"].endswith(f"and on {checked + 1} documents on the way")
+
+
 def _checked_late(text: str) -> bool:
     """In the training split, checked on the way, and not among the documents that are looked at before."""
     digest = blake3.blake3(text.encode()).hexdigest()
