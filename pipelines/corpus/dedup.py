@@ -199,10 +199,11 @@ def find_duplicates(files: Sequence[Path], documents: Sequence[int], config: Ded
     starts = tuple(np.cumsum([0, *documents]).tolist())
     exact: list[Positions] = []
     pairs: list[Positions] = []
-    for kind, found in run_bounded(_join, _joins(tuple(files), starts, config)):
-        pairs.append(found)
-        if kind == "exact":
-            exact.append(found[:, 1])
+    with run_bounded(_join, _joins(tuple(files), starts, config)) as joined:
+        for kind, found in joined:
+            pairs.append(found)
+            if kind == "exact":
+                exact.append(found[:, 1])
     nothing = np.empty((0, 2), dtype=np.int64)
     dropped, kept = unite(np.unique(np.concatenate([nothing, *pairs]), axis=0))
     same = np.concatenate([nothing[:, 1], *exact])

@@ -2,9 +2,8 @@
 
 gigatoken encodes byte-level BPE a hundred times faster than one `tokenizers` thread (130 against 1.4 MB/s on Python
 source, one core), `pipelines.corpus.words` WordPiece, Unigram and word-level tokenizers as they are trained here two to
-three times as fast. They are used as long as the ids are the same: on a probe set and a sample before the first task
-(`choose_backend`) and on one document in a thousand on the way (`Encoder.agrees`). All else is encoded by `tokenizers`,
-one thread a process.
+three times as fast. They are used as long as the ids are the same: on a probe set and a sample (`first_difference`) and
+on one document in a thousand on the way (`Encoder.agrees`). All else is encoded by `tokenizers`, one thread a process.
 
 The name of a special token in a document is encoded as the characters it is made of. `tokenizers` is told so;
 gigatoken, which always recognises such names, gets the tokenizer without its list of them.
@@ -55,11 +54,12 @@ class Encoder:
     """Encodes documents with one backend; holds a cache of words, so keep one instance a process."""
 
     def __init__(
-        self, reference: Tokenizer, fast: Callable[[bytes], Ids] | None, vocab_size: int, end_of_text_id: int
+        self, backend: Backend, reference: Tokenizer, fast: Callable[[bytes], Ids] | None, end_of_text_id: int
     ) -> None:
+        self.backend = backend
         self._reference = reference
         self._fast = fast
-        self.vocab_size = vocab_size
+        self.vocab_size: int = reference.get_vocab_size()
         self.end_of_text_id = end_of_text_id
 
     @classmethod
@@ -90,7 +90,7 @@ class Encoder:
             fast = gigatoken.Tokenizer.from_json(json.dumps({**description, "added_tokens": ordinary})).encode
         elif backend == "words":
             fast = WordEncoder(reference).encode
-        return cls(reference, fast, reference.get_vocab_size(), end_of_text_id)
+        return cls(backend, reference, fast, end_of_text_id)
 
     def encode(self, text: str | bytes) -> Ids:
         """The ids of `text` (UTF-8 if bytes); no special token is added or recognised. One thread."""
@@ -132,21 +132,22 @@ def process_encoder(folder: Path, backend: Backend) -> Encoder:
     return Encoder.load(folder, backend)
 
 
-def choose_backend(folder: Path, sample: Iterable[str]) -> tuple[Backend, str]:
-    """Which backend may encode with the tokenizer in `folder`, and why.
+def fastest_encoder(folder: Path) -> tuple[Encoder, str]:
+    """An encoder with the fastest backend that knows such tokenizers as the one in `folder`; if that is `tokenizers`,
+    why.
 
-    A fast one if it knows such tokenizers and its ids are those of `tokenizers` on `PROBES` and on `sample`.
+    Its ids may be used once `first_difference` has found none.
 
     Raises:
         ContractError: there is no usable tokenizer.json, or no end-of-text token.
     """
-    backend: Backend = "words" if splits_whole_words(_describe(folder)) else "gigatoken"
     try:
-        encoder = Encoder.load(folder, backend)
+        return Encoder.load(folder, "words" if splits_whole_words(_describe(folder)) else "gigatoken"), ""
     except RuntimeError as error:  # what gigatoken raises for a model or pre-tokenizer it does not know
-        return "tokenizers", f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}"
-    texts = [*PROBES, *sample]
-    for text in texts:
-        if not encoder.agrees(text):
-            return "tokenizers", f"{backend} encodes {text[:60]!r} differently"
-    return backend, f"ids equal to those of tokenizers on {len(texts)} texts"
+        reason = f"gigatoken cannot load this tokenizer: {str(error).splitlines()[0]}"
+        return Encoder.load(folder, "tokenizers"), reason
+
+
+def first_difference(encoder: Encoder, texts: Iterable[str]) -> str | None:
+    """The first of `PROBES` and `texts` that the encoder's backend and `tokenizers` encode differently, shortened."""
+    return next((repr(text[:60]) for text in (*PROBES, *texts) if not encoder.agrees(text)), None)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -18,15 +18,18 @@ MAX_RETRIES = 5
 """Times that a task is run again because its worker died."""
 
 
+@contextmanager
 def run_bounded(
     function: Callable[[A], R], arguments: Iterable[A], *, in_flight: int | None = None
-) -> Generator[R, None, None]:
-    """Runs `function` on each argument as Ray tasks of one CPU; yields the results as they come.
+) -> Iterator[Iterator[R]]:
+    """Runs `function` on each argument as Ray tasks of one CPU; gives the results as they come.
 
-    Ray must be initialised. At most `in_flight` tasks (two a CPU unless set) are submitted and unfinished at any time,
-    so neither arguments nor results pile up. When the caller closes the generator, tasks that have not begun never do.
+    Ray must be initialised. The first tasks are on their way once the context is entered, so that the caller can do
+    something else before it asks for results. At most `in_flight` tasks (two a CPU unless set) are submitted and
+    unfinished at any time, so neither arguments nor results pile up. Once the context is left, tasks that have not
+    begun never do.
 
-    Raises:
+    The results raise:
         GanymedeError: what `function` raised.
         StageError: a task failed otherwise, or its worker died more than `MAX_RETRIES` times.
     """
@@ -34,11 +37,16 @@ def run_bounded(
     limit = in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     waiting = iter(arguments)
     running: list[Any] = [remote.remote(argument) for argument in islice(waiting, limit)]
-    try:
+
+    def results() -> Iterator[R]:
+        nonlocal running
         while running:
             done, running = ray.wait(running, num_returns=1)
             running.extend(remote.remote(argument) for argument in islice(waiting, 1))
             yield _result(done[0])
+
+    try:
+        yield results()
     finally:
         with suppress(ray.exceptions.RayError):  # a lost cluster has cancelled them, and its own error is on the way
             for reference in running:

@@ -6,7 +6,6 @@ import heapq
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from configs.schema.corpus import CorpusConfig
 from pipelines.corpus.account import Account
 from pipelines.corpus.contamination import Registered, evaluation_sets, register, set_digest, settle
 from pipelines.corpus.documents import sample_texts
-from pipelines.corpus.encode import Backend, Encoder, choose_backend
+from pipelines.corpus.encode import PROBES, Backend, Encoder, fastest_encoder, first_difference
 from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
 from pipelines.corpus.report import Tally, metrics, render, split_figures
@@ -31,7 +30,7 @@ from pipelines.corpus.tasks import run_bounded
 from pipelines.stage import Progress, StageContext
 
 _SAMPLE_BYTES = 100_000
-"""Text of the source that both backends encode before the first task."""
+"""Text of the source that both backends encode while the first tasks run."""
 
 
 class CorpusStage:
@@ -58,19 +57,18 @@ class CorpusStage:
         listing = list_source(config.source)
         tokenizer = inputs["tokenizer"]
         contract = _read_contract(tokenizer.path)
-        encoder = Encoder.load(tokenizer.path, "tokenizers")
-        sample = sample_texts(listing, config.source, "probe", _SAMPLE_BYTES, Ledger())
-        backend, reason = choose_backend(tokenizer.path, (text.decode() for text in sample))
+        encoder, reason = fastest_encoder(tokenizer.path)
         sets = evaluation_sets(config, inputs)
         evaluation = register(sets, config.contamination, context.work / "evaluation.arrow") if sets else None
-        encoded = _encode(config, listing, tokenizer, backend, evaluation, context, encoder.vocab_size)
+        encoded = _encode(config, listing, tokenizer, encoder, evaluation, context)
         if encoded.differing is not None:
-            backend, reason = "tokenizers", f"{backend} encoded {encoded.differing} differently"
-            encoded = _encode(config, listing, tokenizer, backend, evaluation, context, encoder.vocab_size)
+            reason = f"{encoder.backend} encoded {encoded.differing} differently"
+            encoder = Encoder.load(tokenizer.path, "tokenizers")
+            encoded = _encode(config, listing, tokenizer, encoder, evaluation, context)
         check_unchanged(listing, config.source)
-        if backend != "tokenizers":
-            reason += f", and on {encoded.checked} documents on the way"
-        parts = _parts(context, backend)
+        if encoder.backend != "tokenizers":
+            reason = f"ids equal to those of tokenizers on {encoded.compared} texts"
+        parts = _parts(context, encoder.backend)
         account = _account(listing, parts, encoded.spans, context.out / "quarantine.jsonl")
         files = len(listing.files) + len(listing.unreadable)
         account.check(files, config.source)
@@ -94,7 +92,7 @@ class CorpusStage:
         _publish(report, config, index, context)
         seconds = time.monotonic() - started
         speed = {"seconds": seconds, "megabytes_per_second": listing.size_bytes / 1e6 / seconds}
-        return {**report, **speed, "spans": encoded.spans, "encoder": backend, "encoder_reason": reason}
+        return {**report, **speed, "spans": encoded.spans, "encoder": encoder.backend, "encoder_reason": reason}
 
 
 def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
@@ -132,10 +130,10 @@ class _Encoded:
     """What encoding ended with."""
 
     spans: int
-    checked: int
-    """Documents that both the backend and `tokenizers` encoded."""
+    compared: int
+    """Texts that both the backend and `tokenizers` encoded."""
     differing: str | None
-    """A document that the backend and `tokenizers` encoded differently: nothing that was encoded may be used."""
+    """One of them that the backend and `tokenizers` encoded differently: nothing that was encoded may be used."""
 
 
 @dataclass(frozen=True)
@@ -152,27 +150,27 @@ def _encode(
     config: CorpusConfig,
     listing: Listing,
     tokenizer: Artifact,
-    backend: Backend,
+    encoder: Encoder,
     evaluation: Registered | None,
     context: StageContext,
-    vocab_size: int,
 ) -> _Encoded:
     """Encodes what is not committed yet.
 
-    Stops at the first span in which the backend and `tokenizers` differ, because none of its parts will be used.
+    Stops where the backend and `tokenizers` first differ, because none of the parts will be used then. They are
+    compared on a sample here while the first tasks run.
     """
-    parts = _parts(context, backend)
+    parts = _parts(context, encoder.backend)
     parts.mkdir(parents=True, exist_ok=True)
     first = Span(
         number=0, listing=replace(listing, files=(), unreadable=()), pieces=(), source=config.source,
-        split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest, backend=backend,
-        dtype=_dtype(vocab_size), parts=parts, dedup=config.dedup, evaluation=evaluation,
+        split=config.split, tokenizer=tokenizer.path, tokenizer_digest=tokenizer.digest, backend=encoder.backend,
+        dtype=_dtype(encoder.vocab_size), parts=parts, dedup=config.dedup, evaluation=evaluation,
     )  # fmt: skip
     plan = plan_spans(listing, config.source, config.span_bytes or choose_span_bytes(listing.size_bytes))
     spans = [replace(first, number=n, pieces=pieces) for n, pieces in enumerate(plan)]
     done = {span.number: _done(span, commit) for span in spans if (commit := load_commit(span)) is not None}
     kept = sum(d.size_bytes for d in done.values())
-    total, tokens, checked = kept, sum(d.tokens for d in done.values()), sum(d.checked for d in done.values())
+    total, tokens, compared = kept, sum(d.tokens for d in done.values()), sum(d.checked for d in done.values())
     started = time.monotonic()
 
     def advance() -> None:
@@ -183,16 +181,20 @@ def _encode(
     advance()
     differing = next((name for n in sorted(done) for name in done[n].differing), None)
     todo = [span for span in spans if span.number not in done] if differing is None else []
-    with closing(run_bounded(_encode_one, todo, in_flight=config.max_in_flight)) as results:
-        for result in results:
+    with run_bounded(_encode_one, todo, in_flight=config.max_in_flight) as results:
+        if differing is None and encoder.backend != "tokenizers":
+            sample = [text.decode() for text in sample_texts(listing, config.source, "probe", _SAMPLE_BYTES, Ledger())]
+            compared += len(PROBES) + len(sample)
+            differing = first_difference(encoder, sample)
+        for result in results if differing is None else ():
             context.check_lease()
             total, tokens = total + result.size_bytes, tokens + result.tokens
-            checked += result.checked
+            compared += result.checked
             advance()
             if result.differing:
                 differing = result.differing[0]
                 break
-    return _Encoded(len(spans), checked, differing)
+    return _Encoded(len(spans), compared, differing)
 
 
 def _encode_one(span: Span) -> _Done:

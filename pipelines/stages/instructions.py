@@ -6,7 +6,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -102,7 +101,7 @@ def _parse_all(config: InstructionsConfig, listing: Listing, context: StageConte
     found: list[_Parsed] = []
     done = 0
     context.progress(Progress(0, listing.size_bytes / 1e6, "MB"))
-    with closing(run_bounded(_parse_span, spans)) as results:
+    with run_bounded(_parse_span, spans) as results:
         for parsed in results:
             context.check_lease()
             found.append(parsed)

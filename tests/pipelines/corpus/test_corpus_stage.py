@@ -14,6 +14,9 @@ from actors.store.artifacts import Artifact
 from actors.text import make_contract
 from configs.errors import ContractError, DataError
 from configs.schema.corpus import CorpusConfig, FieldsConfig, SourceConfig, SplitConfig
+from pipelines.corpus.documents import sample_texts
+from pipelines.corpus.encode import PROBES
+from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.shards import CorpusIndex
 from pipelines.corpus.sources import hash_fraction, is_validation, list_source
@@ -201,6 +204,21 @@ def test_a_difference_found_on_the_way_makes_everything_anew_with_tokenizers(
     assert [c.differing for c in records if c.differing] == [("99.py",)]
 
 
+def test_a_sample_that_the_encoders_differ_on_is_enough_to_fall_back(
+    tokenizer: Artifact, tmp_path: Path, make_context: Callable[[str], StageContext]
+) -> None:
+    folder = tmp_path / "crossing"
+    _save_crossing_tokenizer(folder)
+    source = tmp_path / "source"
+    source.mkdir()
+    for number in range(20):
+        (source / f"{number:02}.py").write_text(f"Iraq is {number}")
+    inputs = {"tokenizer": Artifact(tokenizer.manifest, folder)}
+    summary = CorpusStage().run(_config(source), inputs, make_context("sample"))
+    assert summary["encoder"] == "tokenizers"
+    assert summary["encoder_reason"].startswith("gigatoken encoded 'Iraq is ")
+
+
 def test_the_summary_counts_the_documents_that_both_encoders_saw(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -208,9 +226,12 @@ def test_the_summary_counts_the_documents_that_both_encoders_saw(run: Run, tmp_p
         (source / f"{number:02}.py").write_text(f"text {number} " * 500)
     checked = sum(is_checked(blake3.blake3(p.read_bytes()).hexdigest()) for p in source.iterdir())
     (source / "99.py").write_text(next(t for t in (f"Page {n}" for n in range(10**6)) if _checked_late(t)))
+    config = _config(source).source
+    sample = list(sample_texts(list_source(config), config, "probe", 100_000, Ledger()))
+    before = len(PROBES) + len(sample)
     for _ in range(2):  # encoded, and read from the commits
         _, summary = run("checked", source)
-        assert summary["encoder_reason"].endswith(f"and on {checked + 1} documents on the way")
+        assert summary["encoder_reason"] == f"ids equal to those of tokenizers on {before + checked + 1} texts"
 
 
 def _checked_late(text: str) -> bool:

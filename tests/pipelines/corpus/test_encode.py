@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from actors.store.artifacts import Artifact
 from configs.errors import ContractError
-from pipelines.corpus.encode import PROBES, Encoder, choose_backend
+from pipelines.corpus.encode import Encoder, fastest_encoder, first_difference
 from pipelines.corpus.tokenizer import SPECIAL_TOKENS
 
 BLNS = Path(__file__).parents[4] / "shared/data/blns/blns.json"
@@ -25,9 +25,9 @@ def _decode(tokenizer: Artifact, ids: "np.ndarray") -> str:
 
 
 def test_gigatoken_is_chosen_for_our_tokenizers(tokenizer: Artifact) -> None:
-    backend, reason = choose_backend(tokenizer.path, ["def f(): pass"])
-    assert backend == "gigatoken"
-    assert f"{len(PROBES) + 1} texts" in reason
+    encoder, reason = fastest_encoder(tokenizer.path)
+    assert (encoder.backend, reason) == ("gigatoken", "")
+    assert first_difference(encoder, ["def f(): pass"]) is None
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
@@ -56,13 +56,13 @@ def test_text_never_yields_a_special_token(encoder: Encoder, tokenizer: Artifact
         assert _decode(tokenizer, ids) == text
 
 
-def test_a_tokenizer_gigatoken_encodes_differently_falls_back(tmp_path: Path) -> None:
+def test_a_tokenizer_gigatoken_encodes_differently_is_found_out(tmp_path: Path) -> None:
     """Without a split into words, merges cross spaces; gigatoken splits all the same."""
     _save(tmp_path, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), merges=[("q", "Ġ")])
-    assert choose_backend(tmp_path, ["no such pair"])[0] == "gigatoken"
-    backend, reason = choose_backend(tmp_path, ["Iraq is a country"])
-    assert backend == "tokenizers"
-    assert "Iraq" in reason
+    encoder, _ = fastest_encoder(tmp_path)
+    assert encoder.backend == "gigatoken"
+    assert first_difference(encoder, ["no such pair"]) is None
+    assert first_difference(encoder, ["no such pair", "Iraq is a country"]) == "'Iraq is a country'"
 
 
 def test_a_tokenizer_gigatoken_cannot_load_falls_back(tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_a_tokenizer_gigatoken_cannot_load_falls_back(tmp_path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    backend, reason = choose_backend(tmp_path, ["a b"])
-    assert backend == "tokenizers"
+    encoder, reason = fastest_encoder(tmp_path)
+    assert encoder.backend == "tokenizers"
     assert "WordLevel" in reason
-    assert Encoder.load(tmp_path, backend).encode("a b a").tolist() == [1, 2, 1]
+    assert encoder.encode("a b a").tolist() == [1, 2, 1]
 
 
 def _save(folder: Path, pre_tokenizer: object, merges: list[tuple[str, str]] | None = None) -> None:
