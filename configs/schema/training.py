@@ -71,6 +71,28 @@ class TrainingConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters: the model's matrices stay as they are, and two thin factors beside each are trained."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Width of the factors."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """What the factors add is scaled by alpha / rank; alpha is twice the rank unless set."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the factors' inputs that training leaves out."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """Linear layers that get adapters, by the last part of their names (`q_proj`, `v_proj`); all but the output layer
+    unless set."""
+    merge: bool = True
+    """The artifact's model is the base with the adapters added in, and opens like any other; the adapters lie beside
+    it. false: it holds the adapters alone."""
+
+    @property
+    def scale(self) -> float:
+        """`alpha`, chosen or derived."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
 class PretrainConfig(Config):
     """Stage `pretrain`: a language model, from scratch or from one that stands.
 
@@ -104,6 +126,8 @@ class FinetuneConfig(Config):
     """Tokenizer of a model from scratch; a model that stands brings its own."""
     data: Input
     training: TrainingConfig
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model, with AdamW whatever `training.optim.name` says."""
     generated_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest text that a `seq2seq` model writes when it is scored at the end."""
 
@@ -113,4 +137,6 @@ class FinetuneConfig(Config):
             raise ValueError("a model from scratch needs a tokenizer, and one that stands brings its own")
         if self.task == "pairs" and self.model.start is None:
             raise ValueError("task pairs needs a model that stands: give model.from")
+        if self.lora is not None and self.model.start is None:
+            raise ValueError("lora needs a model that stands: give model.from, or leave lora out")
         return self

@@ -12,8 +12,9 @@ from torch import nn
 from actors.store.artifacts import Artifact
 from actors.text import Text
 from configs.errors import ConfigError, ContractError
-from configs.schema.training import FinetuneConfig, TrainingConfig
+from configs.schema.training import FinetuneConfig
 from pipelines.stage import StageContext
+from pipelines.training.adapters import Adapters, check_base
 from pipelines.training.launch import train_on_workers
 from pipelines.training.models import context_length, load_model
 from pipelines.training.objectives import Objective, SupervisedPairs
@@ -31,16 +32,22 @@ class FinetuneStage:
 
     kind: ClassVar[str] = "finetune"
     artifact_kind: ClassVar[str | None] = "model"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     def sources(self, config: FinetuneConfig) -> Mapping[str, str]:
         """Digest of the folder that training starts from, where there is one."""
         return start_sources(config.model)
 
     def run(self, config: FinetuneConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
-        """Trains on the dataset as its task asks, and writes the new model."""
+        """Trains on the dataset as its task asks, and writes the new model.
+
+        Raises:
+            ConfigError: adapters do not fit the model, or would be merged into quantised weights.
+        """
         context.run.log_params(config.model_dump(mode="json"))
         start = Start.find(config.model, inputs)
+        if config.lora is not None and start.folder is not None:
+            check_base(start.folder, config.lora)
         if config.task == "pairs":
             return _finetune_on_pairs(config, start, inputs["data"], context)
         tokenizer = inputs["tokenizer"].path.absolute() if start.folder is None else start.folder
@@ -65,7 +72,7 @@ def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, con
     rows = context.work.absolute() / "rows"
     left_out = _render(data, rows, text, context_length(base))
     _log_lineage(data, rows, context)
-    assemble = functools.partial(assemble_finetuning, base, config.model.dropout, rows, config.training)
+    assemble = functools.partial(assemble_finetuning, base, rows, config)
     train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
     publication = Publication(
         title="Language model fine-tuned on instructions",
@@ -75,14 +82,14 @@ def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, con
         pad_token_id=text.pad_token_id if text.pad_token_id is not None else min(text.eos_token_ids),
         facts={**start.facts(), "Data digest": f"`{data.digest}`"},
     )
-    summary = write_model(publication, load_model(base), config.training, context)
+    model, adapters = finetuned_model(base, config)
+    summary = write_model(publication, model, config.training, context, adapters=adapters)
     return {**summary, "pairs_left_out": left_out}
 
 
-def assemble_finetuning(
-    base: Path, dropout: float, rows: Path, training: TrainingConfig
-) -> tuple[nn.Module, Objective[Any]]:
+def assemble_finetuning(base: Path, rows: Path, config: FinetuneConfig) -> tuple[nn.Module, Objective[Any]]:
     """Model and objective of a fine-tuning run on pairs; runs on every worker."""
+    training = config.training
     objective = SupervisedPairs(
         PairRows.open(rows / "train.safetensors"),
         PairRows.open(rows / "heldout.safetensors"),
@@ -90,7 +97,15 @@ def assemble_finetuning(
         seed=training.seed,
         validation_rows=training.eval_rows,
     )
-    return load_model(base, dropout=dropout), objective
+    return finetuned_model(base, config)[0], objective
+
+
+def finetuned_model(base: Path, config: FinetuneConfig) -> tuple[nn.Module, Adapters | None]:
+    """The base model, and the adapters that are attached to it, if any; equal at every call."""
+    model = load_model(base, dropout=config.model.dropout)
+    if config.lora is None:
+        return model, None
+    return model, Adapters.attach(model, config.lora, head="causal", seed=config.training.seed)
 
 
 def _render(data: Artifact, rows: Path, text: Text, row_tokens: int) -> int:

@@ -18,10 +18,9 @@ _CHUNK_LOGITS = 1 << 19
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.empty_like(hidden) if wants_gradient else None
-        weight_gradient = torch.zeros_like(weight) if wants_gradient else None
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
@@ -31,18 +30,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             powers = logits.sub_(peak).exp_()  # in the logits' memory, as is what follows
             normaliser = powers.sum(1, keepdim=True)
             total += (normaliser.log() + peak - picked).sum()
-            if hidden_gradient is not None and weight_gradient is not None:
-                error = powers.div_(normaliser)
-                error.scatter_add_(1, target, torch.full_like(picked, -1.0))
+            if hidden_gradient is None and weight_gradient is None:
+                continue
+            error = powers.div_(normaliser)
+            error.scatter_add_(1, target, torch.full_like(picked, -1.0))
+            if hidden_gradient is not None:
                 hidden_gradient[start : start + rows] = error @ weight
+            if weight_gradient is not None:
                 weight_gradient += error.T @ chunk
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * gradients[0], weight_gradient * gradients[0], None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        kept = (None if tensor is None else tensor * gradients[0] for tensor in ctx.saved_tensors)
+        return next(kept), next(kept), None
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

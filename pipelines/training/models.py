@@ -194,11 +194,8 @@ def context_length(folder: Path) -> int:
     return int(length) - (shape.pad_token_id + 1 if shape.model_type == "roberta" else 0)
 
 
-def save_model(model: nn.Module, folder: Path, *, eos_token_ids: Iterable[int], pad_token_id: int) -> None:
-    """Writes config.json, model.safetensors and, of a model that generates, generation_config.json.
-
-    Equal weights give equal bytes.
-    """
+def set_generation(model: nn.Module, *, eos_token_ids: Iterable[int], pad_token_id: int) -> None:
+    """Tells a model that generates what ends and what pads its texts; others are left alone."""
     if model.can_generate():
         model.generation_config = GenerationConfig(
             eos_token_id=sorted(eos_token_ids),
@@ -206,6 +203,14 @@ def save_model(model: nn.Module, folder: Path, *, eos_token_ids: Iterable[int], 
             bos_token_id=None,
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         )
+
+
+def save_model(model: nn.Module, folder: Path, *, eos_token_ids: Iterable[int], pad_token_id: int) -> None:
+    """Writes config.json, model.safetensors and, of a model that generates, generation_config.json.
+
+    Equal weights give equal bytes.
+    """
+    set_generation(model, eos_token_ids=eos_token_ids, pad_token_id=pad_token_id)
     model.save_pretrained(folder)
 
 
@@ -220,42 +225,50 @@ def hidden_states(model: nn.Module, tokens: Tensor, position_ids: Tensor | None 
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Trainable scalars; shared weights count once."""
+    """Scalars of all weights; shared ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def trained_count(model: nn.Module) -> int:
+    """Scalars that training changes."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def flops_per_token(model: nn.Module, length: int) -> float:
     """Floating-point operations of one training step per position, for rows of `length` positions.
 
-    Six per weight that takes part in a matrix product (the output matrix included, an embedding lookup not), and
-    12 x layers x width x length for attention, half of that behind a causal mask (Chowdhery et al. 2022, appendix B).
+    Six per weight that takes part in a matrix product (the output matrix included, an embedding lookup not), four if it
+    is frozen and has no gradient, and 12 x layers x width x length for attention, half of that behind a causal mask
+    (Chowdhery et al. 2022, appendix B).
     An encoder-decoder uses about half of its weights at each position, of input or output; a recurrent layer has no
     attention.
     """
     config = model.config
     embeddings = _embedding_ids(model)
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings)
+    used = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
     output = model.get_output_embeddings()
     if output is not None and id(output.weight) in embeddings:
-        matrices += output.weight.numel()
+        used.append(output.weight)
+    products = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in used)
     sides = 2 if config.is_encoder_decoder else 1
     causal = type(config) in AutoModelForCausalLM._model_mapping and not _is_encoder(config)
     attention = (6.0 if causal else 12.0) * config.num_hidden_layers * config.hidden_size * length
     if config.model_type == LstmConfig.model_type:
         attention = 0.0
-    return 6.0 * matrices / sides + attention
+    return products / sides + attention
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The two-dimensional weights between embeddings and head, by name."""
+    """The two-dimensional weights between embeddings and head, by name; of a model with adapters none."""
     output = model.get_output_embeddings()
     outer = _embedding_ids(model) | (set() if output is None else {id(output.weight)})
     inner = {id(p) for p in model.base_model.parameters()}
-    return {
+    matrices = {
         name: p
         for name, p in model.named_parameters()
         if p.ndim == 2 and p.requires_grad and id(p) in inner and id(p) not in outer
     }
+    return {} if any(".lora_" in name for name in matrices) else matrices
 
 
 def _embedding_ids(model: nn.Module) -> set[int]:

@@ -16,10 +16,11 @@ from torch import nn
 from actors.recurrent import LstmConfig
 from configs.schema.training import TrainingConfig
 from pipelines.stage import StageContext
+from pipelines.training.adapters import ADAPTER, Adapters
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
-from pipelines.training.models import AUTO_CLASSES, Head, parameter_count, save_model
+from pipelines.training.models import AUTO_CLASSES, Head, parameter_count, save_model, set_generation, trained_count
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -55,18 +56,25 @@ class Publication:
 
 
 def write_model(
-    publication: Publication, model: nn.Module, config: TrainingConfig, context: StageContext
+    publication: Publication,
+    model: nn.Module,
+    config: TrainingConfig,
+    context: StageContext,
+    *,
+    adapters: Adapters | None = None,
 ) -> dict[str, Any]:
     """Writes the model artifact of a finished run to `context.out`, its curve into the tracker; returns the summary.
 
-    `model` gives the architecture; its weights are replaced by those of the last checkpoint.
+    `model` gives the architecture; its weights are replaced by those of the last checkpoint. `adapters` that are
+    attached to it are written too, and the model itself only if they are to be merged into it, which they then are.
     """
     checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in without_prefix("model", checkpoint.tensors).items():
             parameters[name].copy_(value)
-    save_model(model, context.out, eos_token_ids=publication.eos_token_ids, pad_token_id=publication.pad_token_id)
+    sizes = {"parameters": parameter_count(model), "trained_parameters": trained_count(model)}
+    _write_weights(publication, model, adapters, context.out)
     for name in _TEXT_FILES:
         if (publication.text_from / name).exists():
             shutil.copyfile(publication.text_from / name, context.out / name)
@@ -78,21 +86,36 @@ def write_model(
     scored = [line for line in lines if "validation_loss" in line]
     facts = {
         **publication.facts,
-        "Parameters": f"{parameter_count(model):,}",
+        "Parameters": f"{sizes['parameters']:,}",
+        **({} if adapters is None else _adapter_facts(adapters, sizes["trained_parameters"])),
         "Optimizer steps": f"{config.steps:,}",
         "Targets seen": f"{checkpoint.tokens_seen:,}",
         **{_named(name): f"{value:.4f}" for name, value in _evaluated(scored[-1]).items()},
     }
-    (context.out / "README.md").write_text(_card(publication, model, facts), encoding="utf-8")
+    (context.out / "README.md").write_text(_card(publication, model, adapters, facts), encoding="utf-8")
     hardware = json.loads((context.work / HARDWARE).read_bytes())
-    return {**_summary(lines, scored, parameter_count(model), checkpoint.tokens_seen), **hardware}
+    return {**sizes, **_summary(lines, scored, checkpoint.tokens_seen), **hardware}
+
+
+def _adapter_facts(adapters: Adapters, trained: int) -> dict[str, str]:
+    return {"Parameters trained": f"{trained:,}", "Adapters": adapters.describe()}
+
+
+def _write_weights(publication: Publication, model: nn.Module, adapters: Adapters | None, out: Path) -> None:
+    ends: dict[str, Any] = {"eos_token_ids": publication.eos_token_ids, "pad_token_id": publication.pad_token_id}
+    if adapters is not None:
+        adapters.save(out / ADAPTER)
+        if not adapters.config.merge:
+            set_generation(model, **ends)
+            return
+        model = adapters.merge()
+    save_model(model, out, **ends)
 
 
 def _summary(
-    lines: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], parameters: int, tokens_seen: int
+    lines: Sequence[Mapping[str, Any]], scored: Sequence[Mapping[str, Any]], tokens_seen: int
 ) -> dict[str, Any]:
     return {
-        "parameters": parameters,
         "steps": lines[-1]["step"],
         "tokens_seen": tokens_seen,
         "first_loss": lines[0]["loss"],
@@ -114,12 +137,18 @@ def _named(figure: str) -> str:
     return figure.replace("_", " ").capitalize()
 
 
-def _card(publication: Publication, model: nn.Module, facts: Mapping[str, str]) -> str:
+def _card(publication: Publication, model: nn.Module, adapters: Adapters | None, facts: Mapping[str, str]) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    merged = adapters is None or adapters.config.merge
     auto = AUTO_CLASSES[publication.head].__name__
     first = "After `import actors.recurrent` it" if model.config.model_type == LstmConfig.model_type else "It"
+    opens = [f"{first} opens with `{auto}.from_pretrained` and `AutoTokenizer.from_pretrained`."] if merged else []
+    if adapters is not None:
+        opens.append(f'The adapters alone open with `PeftModel.from_pretrained(base, ".../{ADAPTER}")`.')
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {_HUB_TAGS[publication.head]}\n---\n\n"
+        f"---\nlibrary_name: {'transformers' if merged else 'peft'}\n"
+        f"pipeline_tag: {_HUB_TAGS[publication.head]}\n---\n\n"
         f"# {publication.title}\n\n|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
-        f"{first} opens with `{auto}.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
+        + "\n".join(opens)
+        + "\n"
     )

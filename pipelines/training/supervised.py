@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from actors.store.artifacts import Artifact
 from actors.text import Text
 from configs.errors import DataError
 from configs.schema.examples import Task as ExampleTask
-from configs.schema.training import FinetuneConfig, TrainingConfig
+from configs.schema.training import FinetuneConfig
 from pipelines.corpus.examples import LABELS
 from pipelines.evaluation.writing import text_scores, write_texts
 from pipelines.stage import Progress, StageContext
+from pipelines.training.adapters import Adapters
 from pipelines.training.examples import ExampleRows, Framing, encode_examples, read_examples
 from pipelines.training.launch import train_on_workers
-from pipelines.training.models import Head, load_model
+from pipelines.training.models import Head
 from pipelines.training.objectives import Objective
 from pipelines.training.publication import Publication, write_model
 from pipelines.training.start import Start
@@ -60,12 +61,12 @@ def train_on_examples(
         )  # fmt: skip
     _log_lineage(data, rows, context)
     pad = text.pad_token_id if text.pad_token_id is not None else framing.end
-    assemble = functools.partial(
-        assemble_examples, start, rows, config.training, task, tuple(labels),
-        vocab_size=text.vocab_size, end=framing.end, pad=pad,
-    )  # fmt: skip
+    make = functools.partial(
+        make_model, start, config, task, tuple(labels), vocab_size=text.vocab_size, end=framing.end
+    )
+    assemble = functools.partial(assemble_examples, make, rows, config, task, tuple(labels), pad=pad)
     train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
-    model, _ = assemble()
+    model, adapters = make()
     publication = Publication(
         title=_TITLES[task],
         head=task,
@@ -74,24 +75,40 @@ def train_on_examples(
         pad_token_id=pad,
         facts={**start.facts(), "Data digest": f"`{data.digest}`", **({"Labels": ", ".join(labels)} if labels else {})},
     )
-    summary = write_model(publication, model, config.training, context)
+    summary = write_model(publication, model, config.training, context, adapters=adapters)
     truncated = {split: ExampleRows.open(rows / f"{split}.safetensors").truncated for split in _SPLITS}
-    written = _score_writing(config, data, rows, text, pad, context) if task == "seq2seq" else {}
+    written = _score_writing(config, model, data, rows, text, pad, context) if task == "seq2seq" else {}
     return {**summary, **written, "truncated": truncated}
 
 
+def make_model(
+    start: Start, config: FinetuneConfig, task: ExampleTask, labels: Sequence[str], *, vocab_size: int, end: int
+) -> tuple[nn.Module, Adapters | None]:
+    """The model that is trained, and the adapters that are attached to it, if any; equal at every call."""
+    seed = config.training.seed
+    model = start.model(task, vocab_size=vocab_size, eos_token_id=end, seed=seed, labels=labels)
+    if config.lora is None:
+        return model, None
+    return model, Adapters.attach(model, config.lora, head=task, seed=seed)
+
+
 def assemble_examples(
-    start: Start, rows: Path, training: TrainingConfig, task: ExampleTask, labels: Sequence[str], *,
-    vocab_size: int, end: int, pad: int,
-) -> tuple[nn.Module, Objective[Any]]:  # fmt: skip
+    make: Callable[[], tuple[nn.Module, Adapters | None]],
+    rows: Path,
+    config: FinetuneConfig,
+    task: ExampleTask,
+    labels: Sequence[str],
+    *,
+    pad: int,
+) -> tuple[nn.Module, Objective[Any]]:
     """Model and objective of a run on labelled examples; runs on every worker."""
-    model = start.model(task, vocab_size=vocab_size, eos_token_id=end, seed=training.seed, labels=labels)
+    training = config.training
     train, heldout = (ExampleRows.open(rows / f"{split}.safetensors") for split in _SPLITS)
     objective = _OBJECTIVES[task](
         train, heldout, labels=labels, batch_rows=training.batch_rows, seed=training.seed,
         validation_rows=training.eval_rows, pad=pad,
     )  # fmt: skip
-    return model, objective
+    return make()[0], objective
 
 
 def _labels(data: Artifact, config: FinetuneConfig) -> tuple[ExampleTask, list[str]]:
@@ -117,14 +134,14 @@ def _log_lineage(data: Artifact, rows: Path, context: StageContext) -> None:
 
 
 def _score_writing(
-    config: FinetuneConfig, data: Artifact, rows: Path, text: Text, pad: int, context: StageContext
+    config: FinetuneConfig, model: nn.Module, data: Artifact, rows: Path, text: Text, pad: int, context: StageContext
 ) -> dict[str, Any]:
-    """Has the new model write the first held-out texts, keeps them in predictions.jsonl, and scores them."""
+    """Has the new `model` write the first held-out texts, keeps them in predictions.jsonl, and scores them."""
     heldout = ExampleRows.open(rows / "heldout.safetensors")
     count = min(config.training.eval_rows, len(heldout))
     records = [record for _, record in read_examples(data.path / "heldout.jsonl")][:count]
     ids = write_texts(
-        load_model(context.out, "seq2seq"),
+        model,
         [heldout[index][0].tolist() for index in range(count)],
         pad=pad,
         max_new_tokens=config.generated_tokens,

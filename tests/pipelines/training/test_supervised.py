@@ -16,7 +16,7 @@ from actors.store.tracker import NoTracker
 from actors.text import CONTRACT, Text, make_contract
 from configs.errors import ConfigError
 from configs.schema.model import ModelConfig
-from configs.schema.training import OptimConfig, PretrainConfig, TrainingConfig
+from configs.schema.training import FinetuneConfig, OptimConfig, PretrainConfig, TrainingConfig
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.evaluation.writing import text_scores, write_texts
 from pipelines.stage import StageContext
@@ -30,7 +30,7 @@ from pipelines.training.objectives import CausalLanguageModel
 from pipelines.training.parallel import Ranks
 from pipelines.training.publication import Publication, write_model
 from pipelines.training.start import Start
-from pipelines.training.supervised import assemble_examples
+from pipelines.training.supervised import assemble_examples, make_model
 from pipelines.training.worker import Task, read_failure, run
 from tests.pipelines.corpus.corpus_files import write_text_corpus
 
@@ -77,10 +77,11 @@ def train(world: Path, work: Path, start: Start, task: Any) -> tuple[dict[str, A
             world / f"{task}.jsonl", work / f"{split}.safetensors", framing,
             task=task, labels=LABELS[task], row_tokens=start.context_length,
         )  # fmt: skip
-    assemble = functools.partial(
-        assemble_examples, start, work, TRAINING, task, LABELS[task],
-        vocab_size=Text.load(world).vocab_size, end=framing.end, pad=framing.end,
-    )  # fmt: skip
+    config = FinetuneConfig(task=task, model=start.config, tokenizer="tokenizer", data="data", training=TRAINING)
+    make = functools.partial(
+        make_model, start, config, task, LABELS[task], vocab_size=Text.load(world).vocab_size, end=framing.end
+    )
+    assemble = functools.partial(assemble_examples, make, work, config, task, LABELS[task], pad=framing.end)
     job = Task(work, TRAINING, assemble)
     run(job, Ranks(), CPU)
     failure = read_failure(work)
