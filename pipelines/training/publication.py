@@ -5,21 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from actors.recurrent import LstmConfig
+from actors.text import Text
 from configs.schema.training import TrainingConfig
 from pipelines.stage import StageContext
+from pipelines.training.card import Card
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
-from pipelines.training.models import AUTO_CLASSES, Head, parameter_count, save_model
+from pipelines.training.models import Head, context_length, parameter_count, save_model
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -30,14 +31,6 @@ _TEXT_FILES = (
 CURVE = "curve.json"
 """The figures of every logged step that do not depend on the clock."""
 _TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction")
-_HUB_TAGS: dict[Head, str] = {
-    "causal": "text-generation",
-    "masked": "fill-mask",
-    "seq2seq": "text2text-generation",
-    "classify": "text-classification",
-    "tag": "token-classification",
-}
-"""What the Hugging Face hub calls the task of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,26 @@ class Publication:
     """Lines of the card beside those every model has."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a finished model reaches on held-out data, and how that was measured in the words of the packages."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    signatures: Mapping[str, str] = field(default_factory=dict)
+
+
 def write_model(
-    publication: Publication, model: nn.Module, config: TrainingConfig, context: StageContext
+    publication: Publication,
+    model: nn.Module,
+    config: TrainingConfig,
+    context: StageContext,
+    *,
+    score: Callable[[], Scores] = Scores,
 ) -> dict[str, Any]:
     """Writes the model artifact of a finished run to `context.out`, its curve into the tracker; returns the summary.
 
-    `model` gives the architecture; its weights are replaced by those of the last checkpoint.
+    `model` gives the architecture; its weights are replaced by those of the last checkpoint. `score` is called when
+    the model can be opened there, for what is measured only at the end.
     """
     checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
     parameters = dict(model.named_parameters())
@@ -76,16 +83,35 @@ def write_model(
     (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
     scored = [line for line in lines if "validation_loss" in line]
-    facts = {
-        **publication.facts,
-        "Parameters": f"{parameter_count(model):,}",
-        "Optimizer steps": f"{config.steps:,}",
-        "Targets seen": f"{checkpoint.tokens_seen:,}",
-        **{_named(name): f"{value:.4f}" for name, value in _evaluated(scored[-1]).items()},
-    }
-    (context.out / "README.md").write_text(_card(publication, model, facts), encoding="utf-8")
+    scores = score()
+    card = Card(
+        title=publication.title,
+        head=publication.head,
+        model_type=model.config.model_type,
+        context_length=context_length(context.out),
+        contract=_contract_hash(context.out),
+        facts={
+            **publication.facts,
+            "Parameters": f"{parameter_count(model):,}",
+            "Optimizer steps": f"{config.steps:,}",
+            "Targets seen": f"{checkpoint.tokens_seen:,}",
+        },
+        numbers={**_evaluated(scored[-1]), **scores.values},
+        signatures=scores.signatures,
+    )
+    (context.out / "README.md").write_text(card.text(), encoding="utf-8")
     hardware = json.loads((context.work / HARDWARE).read_bytes())
-    return {**_summary(lines, scored, parameter_count(model), checkpoint.tokens_seen), **hardware}
+    return {
+        **_summary(lines, scored, parameter_count(model), checkpoint.tokens_seen),
+        **scores.values,
+        **({"signatures": dict(scores.signatures)} if scores.signatures else {}),
+        **hardware,
+    }
+
+
+def _contract_hash(folder: Path) -> str | None:
+    contract = Text.load(folder).contract
+    return None if contract is None else contract.hash
 
 
 def _summary(
@@ -107,19 +133,3 @@ def _summary(
 def _evaluated(line: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation."""
     return {name: value for name, value in line.items() if name not in STEP_FIGURES}
-
-
-def _named(figure: str) -> str:
-    """A figure's name for people; losses are in nats per target."""
-    return figure.replace("_", " ").capitalize()
-
-
-def _card(publication: Publication, model: nn.Module, facts: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    auto = AUTO_CLASSES[publication.head].__name__
-    first = "After `import actors.recurrent` it" if model.config.model_type == LstmConfig.model_type else "It"
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: {_HUB_TAGS[publication.head]}\n---\n\n"
-        f"# {publication.title}\n\n|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
-        f"{first} opens with `{auto}.from_pretrained` and `AutoTokenizer.from_pretrained`.\n"
-    )
