@@ -38,7 +38,7 @@ def run(home: Path, recipe: str, data: Path | None) -> subprocess.CompletedProce
 
 
 EXPECTED = {
-    "sentiment": {"baseline": "accuracy", "adapt": "validation_accuracy", "finetune": "validation_macro_f1"},
+    "sentiment": {"baseline": "accuracy", "pretrain": "validation_accuracy", "finetune": "validation_macro_f1"},
     "entities": {
         "baseline": "span_f1",
         "pretrain": "validation_accuracy",
