@@ -33,6 +33,14 @@ _COMMON_LIMITS = (
     "Longer inputs have to be cut. The numbers hold for texts like the held-out ones; on others it was not measured. "
     "It was not examined for bias or harmful content, and the licences of its data hold for it."
 )
+_NAMES = {
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge": "ROUGE",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+}
 _LANGUAGE_MODELS: tuple[Head, ...] = ("causal", "masked")
 
 
@@ -107,4 +115,4 @@ def _shown(value: float) -> str:
 
 def _named(figure: str) -> str:
     """A figure's name for people."""
-    return figure.replace("_", " ").capitalize()
+    return _NAMES.get(figure) or figure.replace("_", " ").capitalize()
