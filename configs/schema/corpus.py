@@ -125,8 +125,9 @@ class TokenizerConfig(Config):
     kind: Literal["tokenizer"] = "tokenizer"
     source: SourceConfig
     split: SplitConfig = SplitConfig()
-    algorithm: Literal["bpe", "wordpiece", "unigram", "word"] = "bpe"
-    """`bpe` works on bytes and knows every text; `word` has a token for each of the most frequent words."""
+    algorithm: Literal["bpe", "wordpiece", "unigram", "word", "white_space"] = "bpe"
+    """`bpe` works on bytes and knows every text; `word` has a token for each of the most frequent words, and takes
+    marks and digits apart; `white_space` does not, for texts that were split into words before, like WikiText's."""
     vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
     """Entries in the vocabulary, what the algorithm begins with and the special tokens included."""
     masks: Annotated[int, Field(ge=0, le=1000)] = 0

@@ -60,7 +60,7 @@ class BaselineConfig(Config):
     """Stage `baseline`: what a simple method reaches on a dataset, for a model to be compared with.
 
     `classify`: logistic regression over TF-IDF of words and pairs of words. `tag`: the tag that each word had most
-    often in training, `O` for words that never occurred.
+    often in training, `O` for words that never occurred. `seq2seq`: the first three lines of the source.
     """
 
     kind: Literal["baseline"] = "baseline"

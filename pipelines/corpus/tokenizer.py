@@ -1,9 +1,9 @@
-"""Tokenizers with special tokens and a chat template: byte-level BPE, WordPiece, Unigram and whole words.
+"""Tokenizers with special tokens and a chat template: byte-level BPE, WordPiece, Unigram, and two of whole words.
 
 The files are what `transformers.AutoTokenizer.from_pretrained` opens. Training is a function of the texts, their order,
 the algorithm and the vocabulary size: the same input gives the same bytes.
 
-Byte-level BPE gives back every text. The other three know the characters (or words) of the texts they learned from,
+Byte-level BPE gives back every text. The others know the characters (or words) of the texts they learned from,
 give `UNKNOWN` for others, and give back every text that they know all of: a token holds the space before it, and runs
 of white space are tokens. A name of a special token in a text is split at its punctuation, so it never becomes one.
 """
@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-Algorithm = Literal["bpe", "wordpiece", "unigram", "word"]
+Algorithm = Literal["bpe", "wordpiece", "unigram", "word", "white_space"]
 
 END_OF_TEXT: Final = "<|endoftext|>"
 END_OF_TURN: Final = "<|end|>"
@@ -50,6 +51,10 @@ for GPT-2's and 3.25 for Qwen 2's, and gigatoken has a fast path for each of the
 
 WHOLE_WORDS = r" ?[\p{L}\p{M}]+| ?\p{N}{1,3}| ?[^\s\p{L}\p{M}\p{N}]|\n|[^\S\n]+(?!\S)|\s"
 """Words with the space before them, digits by threes, every other mark and line feed alone, runs of other space."""
+
+WHITE_SPACE: Final = r" ?<\|| ?(?:(?!<\|)\S)+|\s"
+"""Whatever stands between white space, with the space before it; other white space alone. `<|`, with which the names of
+special tokens begin, stands alone too."""
 
 _CONTINUED: Final = "##"
 _MAX_WORD_CHARS = 1000
@@ -137,9 +142,9 @@ def _train_unigram(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return _over_whole_words(model, decoders.Fuse())
 
 
-def _train_words(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def _train_words(texts: Sequence[str], vocab_size: int, pattern: str = WHOLE_WORDS) -> Tokenizer:
     """The most frequent words; one that occurs once is none."""
-    tokenizer = _over_whole_words(models.WordLevel(unk_token=UNKNOWN), decoders.Fuse())
+    tokenizer = _over_whole_words(models.WordLevel(unk_token=UNKNOWN), decoders.Fuse(), pattern)
     trainer = trainers.WordLevelTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=[*SPECIAL_TOKENS, UNKNOWN], show_progress=False
     )
@@ -147,9 +152,9 @@ def _train_words(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _over_whole_words(model: models.Model, decoder: decoders.Decoder) -> Tokenizer:
+def _over_whole_words(model: models.Model, decoder: decoders.Decoder, pattern: str = WHOLE_WORDS) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WHOLE_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.decoder = decoder
     tokenizer.add_special_tokens([*SPECIAL_TOKENS, UNKNOWN])
     return tokenizer
@@ -160,6 +165,7 @@ _TRAINERS: Final[dict[Algorithm, Callable[[Sequence[str], int], Tokenizer]]] = {
     "wordpiece": _train_wordpiece,
     "unigram": _train_unigram,
     "word": _train_words,
+    "white_space": partial(_train_words, pattern=WHITE_SPACE),
 }
 
 

@@ -40,6 +40,41 @@ def nats_by_position(
     return result
 
 
+def window_starts(tokens: int, length: int) -> range:
+    """Where the windows of `length` that `nats_of_stream` reads that many tokens in begin."""
+    stride = length // 2
+    return range(0, max(tokens - 1 - length, 0) + stride, stride)
+
+
+@torch.inference_mode()
+def nats_of_stream(
+    model: nn.Module, tokens: npt.NDArray[np.int64], length: int, progress: Callable[[int], None]
+) -> float:
+    """Negative log-likelihood, in nats, of all of `tokens` but the first, each given at least the half of `length`
+    before it, or all there are.
+
+    Read in windows of `length` that overlap by half, of which all but the first count their second half.
+    """
+    model.eval()
+    stride = length // 2
+    starts = window_starts(len(tokens), length)
+    total = 0.0
+    for begin in range(0, len(starts), _ROWS):
+        part = starts[begin : begin + _ROWS]
+        rows = np.zeros((len(part), length + 1), dtype=np.int64)
+        counted = torch.zeros((len(part), length), dtype=torch.bool)
+        for number, start in enumerate(part):
+            window = tokens[start : start + length + 1]
+            rows[number, : len(window)] = window
+            counted[number, 0 if start == 0 else length - stride : len(window) - 1] = True
+        read = torch.from_numpy(rows)
+        logits = model(input_ids=read[:, :-1], use_cache=False).logits.float()
+        losses = F.cross_entropy(logits.transpose(1, 2), read[:, 1:], reduction="none")
+        total += float(losses[counted].double().sum())
+        progress(min(begin + _ROWS, len(starts)))
+    return total
+
+
 def doubling_means(nats: Sequence[float]) -> list[tuple[int, int, float]]:
     """Perplexity over the positions 1, 2, 3-4, 5-8 and so on, as (first, last, perplexity)."""
     edges = [0, 1]

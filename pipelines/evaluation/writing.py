@@ -1,21 +1,24 @@
 """Texts that an encoder-decoder writes, and the scores of all of them together.
 
-BLEU and chrF are those of `sacrebleu` over the whole set, ROUGE-L the mean over its texts.
+BLEU and chrF are those of `sacrebleu` over the whole set; ROUGE-1, -2 and -L (Lin 2004) are means of `rouge-score`'s F1
+over its texts.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import statistics
 from collections.abc import Callable, Sequence
 
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF
 from torch import nn
 
-from pipelines.evaluation.metrics import rouge_l
-
 _BATCH = 64
 """Texts written together; decides nothing but the speed and the rounding of ties."""
+_ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+"""Scores by what `rouge-score` calls them."""
 
 
 @torch.inference_mode()
@@ -52,11 +55,20 @@ def write_texts(
 
 
 def text_scores(expected: Sequence[str], written: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
-    """BLEU, chrF and ROUGE-L from 0 to 100; and how `sacrebleu` made the first two, in its own words."""
+    """BLEU, chrF and ROUGE from 0 to 100; and how each was made, in the words of its package."""
     bleu, chrf = BLEU(), CHRF()
     scores = {
         "bleu": float(bleu.corpus_score(written, [expected]).score),
         "chrf": float(chrf.corpus_score(written, [expected]).score),
-        "rouge_l": statistics.fmean(rouge_l(e, w) for e, w in zip(expected, written, strict=True)),
     }
-    return scores, {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
+    rouge = RougeScorer(list(_ROUGE.values()), use_stemmer=False)
+    each = [rouge.score(e, w) for e, w in zip(expected, written, strict=True)]
+    scores |= {
+        name: 100.0 * statistics.fmean(float(score[kind].fmeasure) for score in each) for name, kind in _ROUGE.items()
+    }
+    version = importlib.metadata.version("rouge-score")
+    return scores, {
+        "bleu": str(bleu.get_signature()),
+        "chrf": str(chrf.get_signature()),
+        "rouge": f"F1|stemmer:no|mean of texts|rouge-score:{version}",
+    }

@@ -11,7 +11,8 @@ from actors.store.artifacts import Artifact
 from configs.errors import DataError
 from configs.schema.examples import BaselineConfig
 from pipelines.corpus.examples import LABELS
-from pipelines.evaluation.baselines import class_scores, classify_words, most_frequent_tags, tag_scores
+from pipelines.evaluation.baselines import class_scores, classify_words, lead, most_frequent_tags, tag_scores
+from pipelines.evaluation.writing import text_scores
 from pipelines.stage import Progress, StageContext
 from pipelines.training.examples import read_examples
 
@@ -27,7 +28,8 @@ class _Outcome:
     expected: Sequence[Any]
     predicted: Sequence[Any]
     scores: Mapping[str, float]
-    settings: Mapping[str, float]
+    settings: Mapping[str, Any]
+    """What the method chose, or how its scores were made."""
 
 
 class BaselineStage:
@@ -35,7 +37,7 @@ class BaselineStage:
 
     kind: ClassVar[str] = "baseline"
     artifact_kind: ClassVar[str | None] = "report"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: BaselineConfig) -> Mapping[str, str]:
         """Everything comes from the store."""
@@ -55,9 +57,11 @@ class BaselineStage:
             outcome = _classify(train, heldout)
         elif task == "tag":
             outcome = _tag(train, heldout)
+        elif task == "seq2seq":
+            outcome = _lead(heldout)
         else:
             raise DataError(
-                f"there is no baseline for {data.ref}", received=f"task {task}", allowed="classify or tag",
+                f"there is no baseline for {data.ref}", received=f"task {task}", allowed="classify, tag or seq2seq",
                 next_step="leave the stage out, or give the dataset of another examples stage",
             )  # fmt: skip
         report = {
@@ -92,6 +96,13 @@ def _tag(train: Records, heldout: Records) -> _Outcome:
         [r["words"] for r in train], [r["tags"] for r in train], [r["words"] for r in heldout]
     )
     return _Outcome("most frequent tag of each word", true, predicted, tag_scores(true, predicted), {})
+
+
+def _lead(heldout: Records) -> _Outcome:
+    true = [record["completion"] for record in heldout]
+    predicted = lead([record["prompt"] for record in heldout])
+    scores, signatures = text_scores(true, predicted)
+    return _Outcome("first three lines of the source", true, predicted, scores, signatures)
 
 
 def _records(data: Artifact, split: str) -> Records:

@@ -14,7 +14,7 @@ from configs.errors import DataError
 from configs.schema.corpus import SourceConfig, SplitConfig, TokenizerConfig
 from pipelines.corpus.account import Account
 from pipelines.corpus.documents import sample_texts
-from pipelines.corpus.encode import Encoder, fastest_encoder, first_difference
+from pipelines.corpus.encode import agreeing_encoder
 from pipelines.corpus.ledger import Ledger
 from pipelines.corpus.sources import Listing, is_validation, list_source
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
@@ -108,9 +108,7 @@ def _fit(config: TokenizerConfig, listing: Listing, folder: Path) -> dict[str, A
     by_source: dict[str, Fit] = {}
     unknown = unknown_id(folder)
     sources = {"source": config.source, **config.measured_on}
-    encoder, _ = fastest_encoder(folder)
-    if first_difference(encoder, ()) is not None:
-        encoder = Encoder.load(folder, "tokenizers")
+    encoder = agreeing_encoder(folder)
     for name, source in sources.items():
         found = listing if name == "source" else list_source(source)
         by_source[name] = measure(encoder, _held_out(found, source, config.split), unknown)

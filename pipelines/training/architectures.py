@@ -107,6 +107,8 @@ def _modernbert(config: ModelConfig, common: dict[str, Any]) -> PretrainedConfig
         local_attention=_SLIDING_WINDOW,
         cls_token_id=common["eos_token_id"],
         sep_token_id=common["eos_token_id"],
+        # Masked language modelling teaches the first token nothing about the text, as it stands before every document.
+        classifier_pooling="mean",
         attention_dropout=config.dropout,
         embedding_dropout=config.dropout,
         mlp_dropout=config.dropout,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 
 def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-    """Draws training and validation loss (nats per token) of metrics lines over the step, as a PNG."""
+    """Draws training and validation loss (nats per target) of metrics lines over the step, as a PNG."""
     figure = Figure(figsize=(7.2, 4.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -22,7 +22,7 @@ def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path, *, title: str) ->
         [s["step"] for s in scored], [s["validation_loss"] for s in scored],
         color="#c2410c", linewidth=1.8, marker="o", markersize=3, label="validation",
     )  # fmt: skip
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="step", ylabel="loss (nats per target)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -44,8 +44,9 @@ class ExampleRows:
         return self._tokens[self._starts[index] : self._starts[index + 1]], labels
 
     def length(self, index: int) -> int:
-        """Tokens of row `index`."""
-        return int(self._starts[index + 1] - self._starts[index])
+        """Tokens and labels of row `index`: what it costs."""
+        tokens = self._starts[index + 1] - self._starts[index]
+        return int(tokens + self._label_starts[index + 1] - self._label_starts[index])
 
     def line(self, index: int) -> int:
         """Where row `index` stands in the dataset's file, from 1."""

@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 
 IGNORED = -100
 """Label of a place that nothing is predicted at, as in `transformers`."""
-_BUCKET_TOKENS = 16
+_BUCKET_TOKENS = 8
 """Padded rows are a multiple of this long, so that few different shapes occur."""
 
 

@@ -182,11 +182,19 @@ def folder_digest(folder: Path) -> str:
 
 def context_length(folder: Path) -> int:
     """Longest sequence, in tokens, of the model in a model folder."""
-    shape = read_shape(folder)
+    return window(read_shape(folder))
+
+
+def window(shape: Any) -> int:
+    """Longest sequence, in tokens, of a model of this `transformers` configuration.
+
+    Raises:
+        ArtifactError: it does not say.
+    """
     length = getattr(shape, "max_position_embeddings", None) or getattr(shape, "n_positions", None)
     if length is None:
         raise ArtifactError(
-            f"the model in {folder} does not say how long its sequences may be",
+            f"the {shape.model_type} model {shape.name_or_path} does not say how long its sequences may be",
             allowed="max_position_embeddings or n_positions in config.json",
             next_step="add the length it was trained on to config.json",
         )

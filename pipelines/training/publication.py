@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from actors.recurrent import LstmConfig
+from actors.text import Text
 from configs.schema.training import TrainingConfig
 from pipelines.stage import StageContext
 from pipelines.training.adapters import ADAPTER, Adapters
+from pipelines.training.card import Card
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
-from pipelines.training.models import AUTO_CLASSES, Head, parameter_count, save_model, set_generation, trained_count
+from pipelines.training.models import Head, parameter_count, save_model, set_generation, trained_count, window
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -31,14 +32,6 @@ _TEXT_FILES = (
 CURVE = "curve.json"
 """The figures of every logged step that do not depend on the clock."""
 _TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction")
-_HUB_TAGS: dict[Head, str] = {
-    "causal": "text-generation",
-    "masked": "fill-mask",
-    "seq2seq": "text2text-generation",
-    "classify": "text-classification",
-    "tag": "token-classification",
-}
-"""What the Hugging Face hub calls the task of each kind of model."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,19 @@ class Publication:
     """Lines of the card beside those every model has."""
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a finished model reaches on held-out data, and how that was measured in the words of the packages."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    signatures: Mapping[str, str] = field(default_factory=dict)
+
+
+def unscored(model: nn.Module) -> Scores:
+    """Of a model whose evaluations in training say all."""
+    return Scores()
+
+
 def write_model(
     publication: Publication,
     model: nn.Module,
@@ -62,11 +68,13 @@ def write_model(
     context: StageContext,
     *,
     adapters: Adapters | None = None,
+    score: Callable[[nn.Module], Scores] = unscored,
 ) -> dict[str, Any]:
     """Writes the model artifact of a finished run to `context.out`, its curve into the tracker; returns the summary.
 
     `model` gives the architecture; its weights are replaced by those of the last checkpoint. `adapters` that are
     attached to it are written too, and the model itself only if they are to be merged into it, which they then are.
+    `score` is asked for what is measured of the finished model alone.
     """
     checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
     parameters = dict(model.named_parameters())
@@ -84,17 +92,34 @@ def write_model(
     (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
     scored = [line for line in lines if "validation_loss" in line]
-    facts = {
-        **publication.facts,
-        "Parameters": f"{sizes['parameters']:,}",
-        **({} if adapters is None else _adapter_facts(adapters, sizes["trained_parameters"])),
-        "Optimizer steps": f"{config.steps:,}",
-        "Targets seen": f"{checkpoint.tokens_seen:,}",
-        **{_named(name): f"{value:.4f}" for name, value in _evaluated(scored[-1]).items()},
-    }
-    (context.out / "README.md").write_text(_card(publication, model, adapters, facts), encoding="utf-8")
+    scores = score(model)
+    card = Card(
+        title=publication.title,
+        head=publication.head,
+        model_type=model.config.model_type,
+        context_length=window(model.config),
+        contract=_contract_hash(context.out),
+        facts={
+            **publication.facts,
+            "Parameters": f"{sizes['parameters']:,}",
+            **({} if adapters is None else _adapter_facts(adapters, sizes["trained_parameters"])),
+            "Optimizer steps": f"{config.steps:,}",
+            "Targets seen": f"{checkpoint.tokens_seen:,}",
+        },
+        numbers={**_evaluated(scored[-1]), **scores.values},
+        signatures=scores.signatures,
+        adapter=None if adapters is None else ADAPTER,
+        merged=adapters is None or adapters.config.merge,
+    )
+    (context.out / "README.md").write_text(card.text(), encoding="utf-8")
     hardware = json.loads((context.work / HARDWARE).read_bytes())
-    return {**sizes, **_summary(lines, scored, checkpoint.tokens_seen), **hardware}
+    return {
+        **sizes,
+        **_summary(lines, scored, checkpoint.tokens_seen),
+        **scores.values,
+        **({"signatures": dict(scores.signatures)} if scores.signatures else {}),
+        **hardware,
+    }
 
 
 def _adapter_facts(adapters: Adapters, trained: int) -> dict[str, str]:
@@ -110,6 +135,11 @@ def _write_weights(publication: Publication, model: nn.Module, adapters: Adapter
             return
         model = adapters.merge()
     save_model(model, out, **ends)
+
+
+def _contract_hash(folder: Path) -> str | None:
+    contract = Text.load(folder).contract
+    return None if contract is None else contract.hash
 
 
 def _summary(
@@ -130,25 +160,3 @@ def _summary(
 def _evaluated(line: Mapping[str, Any]) -> dict[str, float]:
     """The figures of an evaluation."""
     return {name: value for name, value in line.items() if name not in STEP_FIGURES}
-
-
-def _named(figure: str) -> str:
-    """A figure's name for people; losses are in nats per target."""
-    return figure.replace("_", " ").capitalize()
-
-
-def _card(publication: Publication, model: nn.Module, adapters: Adapters | None, facts: Mapping[str, str]) -> str:
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    merged = adapters is None or adapters.config.merge
-    auto = AUTO_CLASSES[publication.head].__name__
-    first = "After `import actors.recurrent` it" if model.config.model_type == LstmConfig.model_type else "It"
-    opens = [f"{first} opens with `{auto}.from_pretrained` and `AutoTokenizer.from_pretrained`."] if merged else []
-    if adapters is not None:
-        opens.append(f'The adapters alone open with `PeftModel.from_pretrained(base, ".../{ADAPTER}")`.')
-    return (
-        f"---\nlibrary_name: {'transformers' if merged else 'peft'}\n"
-        f"pipeline_tag: {_HUB_TAGS[publication.head]}\n---\n\n"
-        f"# {publication.title}\n\n|  |  |\n|---|---|\n{rows}\n\n![Loss over the steps](loss.png)\n\n"
-        + "\n".join(opens)
-        + "\n"
-    )

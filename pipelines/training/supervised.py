@@ -23,7 +23,7 @@ from pipelines.training.examples import ExampleRows, Framing, encode_examples, r
 from pipelines.training.launch import train_on_workers
 from pipelines.training.models import Head
 from pipelines.training.objectives import Objective
-from pipelines.training.publication import Publication, write_model
+from pipelines.training.publication import Publication, Scores, unscored, write_model
 from pipelines.training.start import Start
 from pipelines.training.tasks import Classification, ExampleObjective, Sequences, Tagging
 from pipelines.training.worker import Task
@@ -73,12 +73,14 @@ def train_on_examples(
         text_from=tokenizer,
         eos_token_ids={framing.end, *text.eos_token_ids},
         pad_token_id=pad,
-        facts={**start.facts(), "Data digest": f"`{data.digest}`", **({"Labels": ", ".join(labels)} if labels else {})},
+        facts={**start.facts(), **_facts(data, rows, labels)},
     )
-    summary = write_model(publication, model, config.training, context, adapters=adapters)
+    score = functools.partial(_score_writing, config, data, rows, text, pad, context)
+    summary = write_model(
+        publication, model, config.training, context, adapters=adapters, score=score if task == "seq2seq" else unscored
+    )
     truncated = {split: ExampleRows.open(rows / f"{split}.safetensors").truncated for split in _SPLITS}
-    written = _score_writing(config, model, data, rows, text, pad, context) if task == "seq2seq" else {}
-    return {**summary, **written, "truncated": truncated}
+    return {**summary, "truncated": truncated}
 
 
 def make_model(
@@ -124,6 +126,16 @@ def _labels(data: Artifact, config: FinetuneConfig) -> tuple[ExampleTask, list[s
     return found["task"], found["labels"]
 
 
+def _facts(data: Artifact, rows: Path, labels: Sequence[str]) -> dict[str, str]:
+    """What the model's card says of its data."""
+    train, heldout = (len(ExampleRows.open(rows / f"{split}.safetensors")) for split in _SPLITS)
+    return {
+        "Data": f"`{data.ref}`: {train:,} training examples, {heldout:,} held out",
+        "Data digest": f"`{data.digest}`",
+        **({"Labels": ", ".join(labels)} if labels else {}),
+    }
+
+
 def _log_lineage(data: Artifact, rows: Path, context: StageContext) -> None:
     for split, used_for in _SPLITS.items():
         found = ExampleRows.open(rows / f"{split}.safetensors")
@@ -134,8 +146,8 @@ def _log_lineage(data: Artifact, rows: Path, context: StageContext) -> None:
 
 
 def _score_writing(
-    config: FinetuneConfig, model: nn.Module, data: Artifact, rows: Path, text: Text, pad: int, context: StageContext
-) -> dict[str, Any]:
+    config: FinetuneConfig, data: Artifact, rows: Path, text: Text, pad: int, context: StageContext, model: nn.Module
+) -> Scores:
     """Has the new `model` write the first held-out texts, keeps them in predictions.jsonl, and scores them."""
     heldout = ExampleRows.open(rows / "heldout.safetensors")
     count = min(config.training.eval_rows, len(heldout))
@@ -155,4 +167,4 @@ def _score_writing(
     )
     (context.out / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     context.run.log_metrics({f"heldout/{name}": value for name, value in scores.items()}, step=config.training.steps)
-    return {**scores, "signatures": signatures, "texts_scored": count}
+    return Scores({**scores, "texts_scored": count}, signatures)

@@ -12,6 +12,9 @@ from pipelines.training.examples import ExampleRows
 from pipelines.training.labelled import IGNORED, LabelledObjective, LabelledRows, pad_rows, predict_targets
 from pipelines.training.ordering import Epochs
 
+_GROUP = 16
+"""Batches that are drawn together and cut by length."""
+
 
 class ExampleObjective(LabelledObjective):
     """Examples of a dataset: each comes once an epoch, and batches of like lengths are padded little."""
@@ -27,7 +30,7 @@ class ExampleObjective(LabelledObjective):
         self.labels = tuple(labels)
         self._train = train
         self._validation = validation
-        self._epochs = Epochs(len(train), batch_rows=batch_rows, seed=seed)
+        self._epochs = Epochs(len(train), batch_rows=batch_rows, seed=seed, group=_GROUP)
         self._validation_rows = validation_rows
         self._pad = pad
 

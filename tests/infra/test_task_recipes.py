@@ -38,9 +38,16 @@ def run(home: Path, recipe: str, data: Path | None) -> subprocess.CompletedProce
 
 
 EXPECTED = {
-    "sentiment": {"baseline": "accuracy", "adapt": "validation_accuracy", "finetune": "validation_macro_f1"},
-    "entities": {"baseline": "span_f1", "pretrain": "validation_accuracy", "finetune": "validation_span_f1"},
-    "translation": {"finetune": "bleu"},
+    "sentiment": {"baseline": "accuracy", "pretrain": "validation_accuracy", "finetune": "validation_macro_f1"},
+    "entities": {
+        "baseline": "span_f1",
+        "pretrain": "validation_accuracy",
+        "finetune": "validation_span_f1",
+        "posts_baseline": "span_f1",
+        "posts_finetune": "validation_span_f1",
+    },
+    "translation": {"baseline": "bleu", "finetune": "bleu"},
+    "summaries": {"baseline": "rouge_2", "finetune": "rouge_2"},
     "rnn_vs_transformer": {"transformer": "bits_per_byte", "lstm": "bits_per_byte"},
 }
 
@@ -57,6 +64,9 @@ def test_a_recipe_runs_from_its_data_to_its_scores(tmp_path: Path, recipe: str) 
     outcomes = {outcome["stage"]: outcome["summary"] for outcome in json.loads(done.stdout)["outcomes"]}
     for stage, figure in EXPECTED[recipe].items():
         assert 0.0 <= outcomes[stage][figure] <= 100.0
+    if recipe in ("translation", "summaries"):
+        (card,) = (tmp_path / "home/artifacts/model").glob("*-finetune@1/README.md")
+        assert "| BLEU signature | `nrefs:1" in card.read_text()
 
 
 @pytest.mark.slow

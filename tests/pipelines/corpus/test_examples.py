@@ -230,7 +230,25 @@ def test_the_baseline_of_tags_gives_each_word_its_usual_tag(tmp_path: Path) -> N
     assert (summary["span_precision"], summary["span_recall"]) == (0.5, pytest.approx(1 / 3))
 
 
+def test_the_baseline_of_texts_is_how_the_source_begins(tmp_path: Path) -> None:
+    rows = [
+        {"dialogue": f"#A#: Number {i}.\n#B#: Yes.\n#A#: Well.\n#B#: Bye.", "summary": f"#A#: Number {i}. #B#: Yes."}
+        for i in range(20)
+    ]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "talks.jsonl"), "fields": {"text": "dialogue", "label": "summary"}}
+    _, out = make(tmp_path / "a", task="seq2seq", source=source, split={"validation_fraction": 0.3})
+    summary, report = baseline(tmp_path, dataset(tmp_path, out))
+    for line in lines(report / "predictions.jsonl"):
+        assert line["predicted"] == f"{line['expected']} #A#: Well."
+    assert summary["rouge_1"] == pytest.approx(100 * 2 * 5 / (5 + 7))
+    assert "stemmer:no" in json.loads((report / "report.json").read_text())["settings"]["rouge"]
+
+
 def test_a_dataset_without_a_baseline_says_so(tmp_path: Path) -> None:
-    _, out = make(tmp_path / "a", **parallel(tmp_path, "un\ndeux\ntrois\nquatre\n", "one\ntwo\nthree\nfour\n"))
-    with pytest.raises(DataError, match=r"no baseline for dataset/demo@1.*task seq2seq"):
-        baseline(tmp_path, dataset(tmp_path, out))
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    for split in ("train", "heldout"):
+        (folder / f"{split}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"no baseline for dataset/demo@1.*task pairs"):
+        baseline(tmp_path, dataset(tmp_path, folder))

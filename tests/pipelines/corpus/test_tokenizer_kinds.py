@@ -14,8 +14,8 @@ from actors.text import Text
 from configs.errors import ContractError
 from configs.schema.corpus import SourceConfig, TokenizerConfig
 from pipelines.corpus import words
-from pipelines.corpus.encode import Encoder, fastest_encoder, first_difference
-from pipelines.corpus.tokenizer import SPECIAL_TOKENS, UNKNOWN
+from pipelines.corpus.encode import Encoder, agreeing_encoder, fastest_encoder, first_difference
+from pipelines.corpus.tokenizer import SPECIAL_TOKENS, UNKNOWN, save_tokenizer, train_tokenizer
 from pipelines.stage import StageContext
 from pipelines.stages.tokenizer import TokenizerStage
 
@@ -148,7 +148,20 @@ def test_a_token_of_the_word_level_kind_is_a_whole_word(make: Callable[[str], Pa
     assert text.encode(" floccinaucinihilipilification") == [5]
 
 
-@pytest.mark.parametrize("algorithm", OTHERS)
+def test_words_between_white_space_stay_whole_and_special_tokens_names_do_not(tmp_path: Path) -> None:
+    line = " = <unk> 's 10 @,@ 000 mark = "
+    save_tokenizer(train_tokenizer([line] * 3, 400, "white_space"), tmp_path)
+    text = Text.load(tmp_path)
+    ids = agreeing_encoder(tmp_path, [line]).encode(line).tolist()
+    assert ids == text.encode(line)
+    assert [text.decode([i]) for i in ids] == [" =", " <unk>", " 's", " 10", " @,@", " 000", " mark", " =", " "]
+    assert text.encode(" other") == [5]
+    for token in (*SPECIAL_TOKENS, UNKNOWN):
+        for sample in (token, f" {token}{token} ", f"a{token}\n{token}b"):
+            assert set(text.encode(sample)).isdisjoint({0, 1, 2, 3, 4})
+
+
+@pytest.mark.parametrize("algorithm", [*OTHERS, "white_space"])
 def test_another_process_learns_the_same_bytes(algorithm: str, source: SourceConfig, tmp_path: Path) -> None:
     code = """
 import sys

@@ -19,7 +19,7 @@ from configs.errors import ContractError
 from configs.schema.comparison import CompareConfig
 from configs.schema.model import ModelConfig
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
-from pipelines.evaluation.positions import doubling_means, nats_by_position
+from pipelines.evaluation.positions import doubling_means, nats_by_position, nats_of_stream, window_starts
 from pipelines.stage import StageContext
 from pipelines.stages.compare import CompareStage
 from pipelines.training.models import build_model, save_model
@@ -53,7 +53,7 @@ def model(folder: Path, architecture: Any, texts: list[str] = TEXTS) -> Artifact
     return published(folder, files, "model", architecture)
 
 
-def compare(folder: Path, models: dict[str, Artifact]) -> tuple[dict[str, Any], Path]:
+def compare(folder: Path, models: dict[str, Artifact], **settings: Any) -> tuple[dict[str, Any], Path]:
     corpus = folder / "corpus"
     corpus.mkdir()
     tokenizer = text_folder(folder / "text", TEXTS)
@@ -69,7 +69,7 @@ def compare(folder: Path, models: dict[str, Artifact]) -> tuple[dict[str, Any], 
     )  # fmt: skip
     inputs = {f"models.{label}": model for label, model in models.items()}
     inputs["corpus"] = published(folder, corpus, "corpus", "demo")
-    config = CompareConfig(models=dict.fromkeys(models, "x"), corpus="x", rows=6)
+    config = CompareConfig.model_validate({"models": dict.fromkeys(models, "x"), "corpus": "x", "rows": 6, **settings})
     return CompareStage().run(config, inputs, context), out
 
 
@@ -104,3 +104,33 @@ def test_perplexity_by_position_is_that_of_the_model() -> None:
     assert doubling_means([0.0, math.log(2), math.log(4), math.log(4)]) == [
         (1, 1, 1.0), (2, 2, pytest.approx(2.0)), (3, 4, pytest.approx(4.0))
     ]  # fmt: skip
+
+
+def test_perplexity_per_word_counts_line_ends_as_words_and_unknown_words_like_any_other(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" the lazy <unk> jumps . \n \n = A fox = \n")
+    llama = model(tmp_path, "llama")
+    summary, out = compare(tmp_path, {"llama": llama}, text={"path": str(tmp_path / "text.txt"), "format": "lines"})
+    report = json.loads((out / "report.json").read_text())
+    assert report["text"]["words"] == 5 + 1 + 4 + 1
+    text = Text.load(llama.path)
+    ids = [0, *text.encode(" the lazy <unk> jumps . "), 0, *text.encode(" = A fox = "), 0]
+    assert report["text"]["tokens"] == len(ids) - 1
+    # An untrained model gives each token about the same probability.
+    expected = text.vocab_size ** ((len(ids) - 1) / 11)
+    assert summary["models"]["llama"]["word_perplexity"] == pytest.approx(expected, rel=0.5)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(5, 8), (9, 8), (10, 8), (41, 8), (40, 9)])
+def test_every_token_of_a_stream_counts_once_and_sees_at_least_half_a_window(tokens: int, length: int) -> None:
+    dials = ModelConfig(hidden_size=32, layers=1, heads=2, context_length=16)
+    llama: Any = build_model(dials, vocab_size=50, eos_token_id=0, seed=1)
+    ids = np.random.default_rng(1).integers(0, 50, tokens)
+    expected = 0.0
+    for place in range(1, tokens):
+        skipped = -(-max(place - length, 0) // (length // 2)) * (length // 2)
+        with torch.no_grad():
+            last = llama(input_ids=torch.from_numpy(ids[None, skipped:place])).logits[0, -1]
+        expected -= float(last.log_softmax(0)[ids[place]])
+    read: list[int] = []
+    assert nats_of_stream(llama, ids, length, read.append) == pytest.approx(expected, rel=1e-5)
+    assert read[-1] == len(window_starts(tokens, length))

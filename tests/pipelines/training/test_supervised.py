@@ -104,7 +104,13 @@ def publish(job: Task, text_from: Path, head: Head) -> dict[str, Any]:
 def test_a_classifier_opens_in_transformers_and_gives_the_names_of_its_classes(world: Path, tmp_path: Path) -> None:
     summary, out = train(world, tmp_path / "work", scratch("bert"), "classify")
     assert summary["validation_accuracy"] == summary["validation_macro_f1"] == 1.0
-    assert "pipeline_tag: text-classification" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    contract = json.loads((out / CONTRACT).read_text())["hash"]
+    assert "pipeline_tag: text-classification" in card
+    for row in (f"Text contract | `{contract}`", "Longest input | 32 tokens", "Validation accuracy | 1.0000"):
+        assert f"| {row} |" in card
+    assert "## Limits" in card
+    assert len(card.splitlines()) < 50  # one page
     model = AutoModelForSequenceClassification.from_pretrained(out).eval()
     framing = Framing.load(out, classified=True)
     for record in EXAMPLES["classify"][:4]:
@@ -129,7 +135,9 @@ def test_a_model_that_writes_texts_writes_each_for_its_own_source(world: Path, t
     ids = write_texts(load_model(out, "seq2seq"), sources, pad=0, max_new_tokens=8, progress=lambda done: None)
     written = [text.decode(line) for line in ids]
     assert written == ["good", "bad", "good"]
-    assert text_scores(["good", "bad", "good"], written)[0]["rouge_l"] == 100.0
+    scores, signatures = text_scores(["good", "bad", "good"], written)
+    assert scores["rouge_1"] == scores["rouge_l"] == 100.0
+    assert "version:" in signatures["bleu"]
 
 
 def test_pretraining_takes_the_objective_of_its_family_and_goes_on_from_a_folder(world: Path, tmp_path: Path) -> None:
