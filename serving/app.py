@@ -40,7 +40,8 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         max_ongoing_requests=2 * (sequences + config.max_queued),
         max_surge_percent=100 if side_by_side else 0,
         max_constructor_retry_count=2,
-        health_check_period_s=2,
+        health_check_period_s=1,
+        health_check_timeout_s=5,
         graceful_shutdown_timeout_s=10,
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.replicas_min,

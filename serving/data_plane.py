@@ -11,7 +11,6 @@ and hands them down, so the driver's environment plays no part and an existing c
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import os
 import stat
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import StorageError
+from configs.schema.serving import is_loopback
 
 DataPlane = Literal["haproxy", "python"]
 
@@ -32,6 +32,8 @@ _COMMON = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # What an unhealthy replica has under way goes on in another one; waiting for it would only hold that up.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # With the default 5 s, a proxy whose imports take longer (a busy machine) is killed and the start fails.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
@@ -73,14 +75,6 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
     if is_loopback(host):
         env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_launcher(folder))
     return env
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _private_folder() -> Path:
