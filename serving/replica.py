@@ -50,7 +50,11 @@ class EngineReplica:
         self._digest = model.digest
         self._text = engine.text
         self._context_length: int = engine.context_length
-        self._watch = Watch(engine, capacity_tokens=_cache_tokens(engine, config))
+        self._watch = Watch(
+            engine,
+            capacity_tokens=_cache_tokens(engine, config),
+            queue_limit_seconds=config.queue_limit_seconds,
+        )
         self._step_limit_seconds = config.step_limit_seconds
         self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
         self._writer: Writer | None = None

@@ -49,6 +49,10 @@ class ServingConfig(Config):
     """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    body_limit_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """A request whose headers or body take longer to arrive is answered 408."""
+    queue_limit_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """A request that has no token after this time is answered 503 instead of being read."""
     step_limit_seconds: Annotated[float, Field(gt=0)] = 8.0
     """A replica whose engine takes longer over one step counts as hung and is replaced."""
     keys_path: Path | None = None

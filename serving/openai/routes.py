@@ -187,15 +187,19 @@ class _Routes:
         return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
 
     async def _body(self, request: Request) -> bytes:
-        """The request's body. Raises `ApiError` (413) as soon as it is known to be too long."""
+        """The request's body. Raises `ApiError`: 413 as soon as it is known to be too long, 408 if it is too slow."""
         limit = self._config.max_body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(
-                    Refusal(413, f"the body is too long; allowed: at most {limit} bytes", "request_too_large")
-                )
+        try:
+            async with asyncio.timeout(self._config.body_limit_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        message = f"the body is too long; allowed: at most {limit} bytes"
+                        raise ApiError(Refusal(413, message, "request_too_large"))
+        except TimeoutError as error:
+            message = f"the body did not arrive in {self._config.body_limit_seconds:g} s"
+            raise ApiError(Refusal(408, message, "request_timeout")) from error
         return bytes(body)
 
     def _require(self, request: Request, name: str) -> None:
