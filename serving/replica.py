@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,10 @@ class EngineReplica:
     async def report(self) -> LoadReport:
         """The engine's work now."""
         return self._watch.report
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The same, asked by Ray Serve for `autoscaling.WorkPolicy`."""
+        return asdict(self._watch.report)
 
     async def reports(self) -> list[LoadReport]:
         """Of all replicas: there is this one."""

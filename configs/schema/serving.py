@@ -38,7 +38,9 @@ class ServingConfig(Config):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas_min: Annotated[int, Field(ge=1)] = 1
     replicas_max: Annotated[int, Field(ge=1)] = 2
-    """Replicas of the engine under load; between the two, their number follows the requests in flight."""
+    """Replicas of the engine under load; between the two, their number follows the work there is."""
+    first_token_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Replicas are added when the prompts that wait cannot be read within this time."""
     max_sequences: Annotated[int, Field(ge=1)] = 16
     """Sequences a replica decodes together."""
     max_queued: Annotated[int, Field(ge=1)] = 128
