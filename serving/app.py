@@ -48,7 +48,7 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         max_constructor_retry_count=2,
         health_check_period_s=1,
         health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.drain_limit_seconds,
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.replicas_min,
             max_replicas=config.replicas_max,
@@ -64,7 +64,7 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.drain_limit_seconds,
         logging_config=LOGGING,
     )
     return ingress.bind(engine.bind(model, config), model, config)

@@ -107,7 +107,9 @@ class RemoteEngine:
     async def reports(self) -> Sequence[LoadReport]:
         """The work of each replica; of those that say nothing in time there is none."""
         try:
-            answers = await self._handle.broadcast("report").results_async(REPORT_SECONDS, return_exceptions=True)
+            answers = await self._handle.broadcast("report").results_async(
+                timeout_s=REPORT_SECONDS, return_exceptions=True
+            )
         except (TimeoutError, *_NONE_THERE):
             return ()
         return [answer for answer in answers if isinstance(answer, LoadReport)]

@@ -55,6 +55,8 @@ class ServingConfig(Config):
     """A request whose headers or body take longer to arrive is answered 408."""
     queue_limit_seconds: Annotated[float, Field(gt=0)] = 120.0
     """A request that has no token after this time is answered 503 instead of being read."""
+    drain_limit_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """A replica that is replaced or no longer needed has this time to finish its answers; they are cut off then."""
     step_limit_seconds: Annotated[float, Field(gt=0)] = 8.0
     """A replica whose engine takes longer over one step counts as hung and is replaced."""
     keys_path: Path | None = None
