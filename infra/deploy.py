@@ -149,7 +149,7 @@ def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str
             next_step="use that address, or end it first: ganymede down",
         )
     _require_cpus(config)
-    _require_keys(config)
+    require_keys(config)
     proxy = data_plane.available()
     if running is None:
         say(f"starting Ray Serve ({proxy})")
@@ -207,8 +207,8 @@ def _require_cpus(config: ServingConfig) -> None:
         )
 
 
-def _require_keys(config: ServingConfig) -> None:
-    """Without a key, an endpoint that asks for one could be asked by nobody."""
+def require_keys(config: ServingConfig) -> None:
+    """Raises `InputError` where keys are needed and there are none: nobody could ask the endpoint anything."""
     from serving.keys import read_keys
 
     if config.keys_required and not (config.keys_path is not None and read_keys(config.keys_path)):

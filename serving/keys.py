@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import time
 from collections import deque
@@ -22,7 +23,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from configs.errors import ConfigError, InputError
-from configs.schema.serving import ApiKey
+from configs.schema.serving import KEY_NAME, ApiKey
 from serving.calls import Refusal
 from serving.openai.errors import error_response
 
@@ -51,7 +52,9 @@ def read_keys(path: Path) -> list[ApiKey]:
 
 
 def add_key(path: Path, name: str, models: tuple[str, ...], tokens_per_minute: int | None) -> str:
-    """Makes a key and returns it; it is shown nowhere again. Raises `InputError` if the name is taken."""
+    """Makes a key and returns it; it is shown nowhere again. Raises `InputError` if the name is taken, or is none."""
+    if not re.match(KEY_NAME, name):
+        raise InputError("not a name for an API key", received=name, allowed=KEY_NAME)
     keys = read_keys(path)
     if any(key.name == name for key in keys):
         raise InputError(

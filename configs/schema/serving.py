@@ -11,6 +11,9 @@ from pydantic import Field, model_validator
 from configs.schema.base import Config, Input, placement
 
 
+KEY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` can be reached from this machine only."""
     try:
@@ -22,7 +25,7 @@ def is_loopback(host: str) -> bool:
 class ApiKey(Config):
     """A key as it is kept: never the key itself."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=KEY_NAME)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     models: tuple[str, ...] = ()
     """Names of the models it may ask; all if empty."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,17 @@ def served(folder: Path) -> ServedModel:
     )  # fmt: skip
 
 
-@contextmanager
-def local_endpoint(folder: Path, **settings: Any) -> Iterator[str]:
+def local_endpoint(folder: Path, **settings: Any) -> AbstractContextManager[str]:
     """A server on loopback over one replica in this process, without Ray; its URL."""
+    return endpoint_of(folder, served(folder), **settings)
+
+
+@contextmanager
+def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> Iterator[str]:
+    """The same for a model that says of itself what `model` does."""
     config = ServingConfig(precision="fp32", **settings)
-    replica = EngineReplica(served(folder), config)
-    api = create_api(replica, served(folder), config, Metrics("tiny"))
+    replica = EngineReplica(replace(model, folder=str(folder)), config)
+    api = create_api(replica, model, config, Metrics(model.name))
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
