@@ -24,11 +24,12 @@ from actors.store.tracker import tracking_uri
 from actors.text import Text
 from configs.artifacts import Ref
 from configs.errors import ArtifactError, ConfigError, GanymedeError, InputError
-from configs.schema.serving import DeployConfig, ServingConfig
+from configs.schema.serving import DeployConfig, ServingConfig, is_loopback
 from infra.platform import free_ports, require_free_port
+from pipelines.evaluation.lineage import ancestors
 from pipelines.stage import Progress, StageContext
 from serving import data_plane
-from serving.calls import ServedModel
+from serving.calls import Ancestor, Lineage, ServedModel
 
 CONTROLLER, CONTROLLER_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve keeps its controller; it says nowhere else which address it listens on."""
@@ -72,7 +73,7 @@ def find_model(reference: str, store: ArtifactStore, home: Path) -> ServedModel:
     """
     if "/" in reference:
         artifact = store.get(Ref.parse(reference))
-        return _served(artifact, artifact.ref.name, None, None)
+        return _served(artifact, store, name=artifact.ref.name, version=None, alias=None)
     version = Registry.open(tracking_uri(home)).resolve(reference)
     return _registered(version, reference.partition("@")[2] or None, store)
 
@@ -87,14 +88,38 @@ def _registered(version: RegisteredVersion, selector: str | None, store: Artifac
             next_step="set GANYMEDE_HOME to the store it was registered from, or run the recipe again",
         )
     alias = selector if selector in version.aliases else None
-    return _served(artifact, version.name, version.version, alias)
+    return _served(artifact, store, name=version.name, version=version.version, alias=alias)
 
 
-def _served(artifact: Artifact, name: str, version: int | None, alias: str | None) -> ServedModel:
+def _served(
+    artifact: Artifact, store: ArtifactStore, *, name: str, version: int | None, alias: str | None
+) -> ServedModel:
     if artifact.ref.kind != "model":
         raise ArtifactError("only models can be served", received=str(artifact.ref), allowed="model/NAME@VERSION")
     return ServedModel(
-        name, str(artifact.path), str(artifact.ref), artifact.digest, version, alias, created=int(time.time())
+        name,
+        str(artifact.path),
+        str(artifact.ref),
+        artifact.digest,
+        version,
+        alias,
+        created=int(time.time()),
+        lineage=_lineage(artifact, store),
+    )
+
+
+def _lineage(artifact: Artifact, store: ArtifactStore) -> Lineage:
+    """What the model was made from, and the reports that any of the store's evaluations made of this content."""
+    _, *sources = ancestors([artifact.manifest], store)
+    reports = [
+        manifest
+        for manifest in store.list()
+        if manifest.kind == "report" and artifact.digest in {record.digest for record in manifest.inputs.values()}
+    ]
+    return Lineage(
+        artifact.manifest.tracking_run,
+        tuple(Ancestor(ref, digest, None if m is None else m.tracking_run) for ref, digest, m in sources),
+        tuple(Ancestor(str(manifest.ref), manifest.digest, manifest.tracking_run) for manifest in reports),
     )
 
 
@@ -124,6 +149,7 @@ def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str
             next_step="use that address, or end it first: ganymede down",
         )
     _require_cpus(config)
+    require_keys(config)
     proxy = data_plane.available()
     if running is None:
         say(f"starting Ray Serve ({proxy})")
@@ -181,13 +207,26 @@ def _require_cpus(config: ServingConfig) -> None:
         )
 
 
+def require_keys(config: ServingConfig) -> None:
+    """Raises `InputError` where keys are needed and there are none: nobody could ask the endpoint anything."""
+    from serving.keys import read_keys
+
+    if config.keys_required and not (config.keys_path is not None and read_keys(config.keys_path)):
+        raise InputError(
+            f"an endpoint at {config.host} needs API keys, and there are none",
+            received=str(config.keys_path),
+            allowed="a file with at least one key",
+            next_step="ganymede keys add NAME, or bind loopback",
+        )
+
+
 def _start_serve(config: ServingConfig, proxy: data_plane.DataPlane) -> None:
     from serving.app import LOGGING
 
     environment = data_plane.environment(proxy, config.host, free_ports(data_plane.INTERNAL_PORTS))
     _serve_module().start(
         http_options={"host": config.host, "port": config.port},
-        proxy_location="HeadOnly" if data_plane.is_loopback(config.host) else "EveryNode",
+        proxy_location="HeadOnly" if is_loopback(config.host) else "EveryNode",
         logging_config=LOGGING,
         controller_options={"runtime_env": {"env_vars": environment}},
     )
@@ -253,6 +292,7 @@ def ask(endpoint: Endpoint, question: str) -> Answer:
     """Asks with the `openai` client, streaming; a model without chat template continues the question.
 
     Raises:
+        InputError: the model writes no texts.
         GanymedeError: the endpoint refuses or does not answer.
     """
     import openai
@@ -267,7 +307,14 @@ def ask(endpoint: Endpoint, question: str) -> Answer:
                 "model": name, "max_tokens": ANSWER_TOKENS, "temperature": 0, "stream": True,
                 "stream_options": {"include_usage": True},
             }  # fmt: skip
-            if client.models.retrieve(name).model_extra["chat"]:
+            can = client.models.retrieve(name).model_extra["capabilities"]
+            if "completions" not in can:
+                raise InputError(
+                    f"{name} writes no texts, and cannot be asked a question",
+                    allowed=", ".join(can),
+                    next_step="leave question out of the deploy stage",
+                )
+            if "chat" in can:
                 messages = [{"role": "user", "content": question}]
                 began = time.monotonic()
                 chunks = client.chat.completions.create(messages=messages, **options)
@@ -310,7 +357,7 @@ class DeployStage:
             context.progress(Progress(next(steps), 2, doing))
 
         context.check_lease()
-        endpoint = serve_model(model, config.serving, say=say)
+        endpoint = serve_model(model, config.serving.within(context.home), say=say)
         summary: dict[str, Any] = {
             "url": endpoint.url,
             "model": model.name,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ray import serve
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.deployment import Application
 from ray.serve.schema import LoggingConfig
 
 from configs.schema.serving import ServingConfig
+from serving.autoscaling import Aim, WorkPolicy
 from serving.calls import ServedModel
 from serving.ingress import Ingress
 from serving.replica import EngineReplica
@@ -20,6 +23,8 @@ INGRESS_REQUESTS = 4096
 """Requests the ingress holds open; HAProxy's own limit on connections."""
 BUSY_SHARE = 0.75
 """Replicas are added when their requests fill more than this share of the sequences they decode together."""
+UPSCALE_SECONDS = 5.0
+"""More replicas have to be wanted for this long before they are started."""
 
 
 def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) -> Application:
@@ -32,6 +37,7 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
             old ones end first, and a single replica's requests wait meanwhile.
     """
     sequences = config.max_sequences
+    aim = Aim(first_token_seconds=config.first_token_seconds, sequences=sequences, busy_share=BUSY_SHARE)
     engine = serve.deployment(
         EngineReplica,
         name="engine",
@@ -40,12 +46,15 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         max_ongoing_requests=2 * (sequences + config.max_queued),
         max_surge_percent=100 if side_by_side else 0,
         max_constructor_retry_count=2,
-        health_check_period_s=2,
-        graceful_shutdown_timeout_s=10,
+        health_check_period_s=1,
+        health_check_timeout_s=5,
+        graceful_shutdown_timeout_s=config.drain_limit_seconds,
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.replicas_min,
             max_replicas=config.replicas_max,
             target_ongoing_requests=max(1.0, BUSY_SHARE * sequences),
+            upscale_delay_s=UPSCALE_SECONDS,
+            policy=AutoscalingPolicy(policy_function=WorkPolicy, policy_kwargs=asdict(aim)),
         ),
         logging_config=LOGGING,
     )
@@ -55,7 +64,7 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=INGRESS_REQUESTS,
         max_surge_percent=100,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=config.drain_limit_seconds,
         logging_config=LOGGING,
     )
     return ingress.bind(engine.bind(model, config), model, config)

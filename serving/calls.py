@@ -1,4 +1,4 @@
-"""What passes between the ingress and an engine replica: a call, its pieces of text, and why a call was refused.
+"""What passes between the ingress and an engine replica: a call, what comes of it, and why a call was refused.
 
 Everything here is small, picklable and free of torch, Ray and FastAPI. A refusal travels as a value, not as an
 exception: Ray wraps exceptions that cross processes, and what the client is to be told would be lost.
@@ -10,13 +10,49 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+from actors.engine.encodings import Encoding
 from configs.errors import GanymedeError, InputError, OverloadedError, RequestError
 from configs.schema.generation import Sampling
 
 RETRY_AFTER_SECONDS = 1
 """What a client is told to wait when the queue is full."""
 
+LOST = "replica_unavailable"
+"""Code of a refusal by a replica that can serve no more: another one is to be asked."""
+
 FinishReason = Literal["stop", "length"]
+Capability = Literal["completions", "chat", "embeddings", "classify", "ner", "score"]
+ROUTES: dict[Capability, str] = {
+    "completions": "/v1/completions",
+    "chat": "/v1/chat/completions",
+    "embeddings": "/v1/embeddings",
+    "classify": "/v1/classify",
+    "ner": "/v1/ner",
+    "score": "/v1/score",
+}
+"""Where a model is asked for what it can do."""
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """An artifact that a model was made from, or that was made from the model."""
+
+    ref: str
+    digest: str
+    run: str | None
+    """MLflow run that made it; None where there was none, or where the artifact is no longer in the store."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model comes from and how it was judged."""
+
+    run: str | None = None
+    """MLflow run that made the model."""
+    made_from: tuple[Ancestor, ...] = ()
+    """Models, corpora, examples and tokenizers, down to the first ones."""
+    reports: tuple[Ancestor, ...] = ()
+    """Evaluations of this very content."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +72,12 @@ class ServedModel:
     """The alias it was resolved from."""
     created: int = 0
     """When it was resolved, seconds since the epoch."""
+    lineage: Lineage = Lineage()
 
-    @property
-    def fingerprint(self) -> str:
-        """`system_fingerprint` of every answer: equal fingerprints mean equal weights and tokenizer."""
-        return f"fp_{self.digest[:16]}"
+
+def fingerprint(digest: str) -> str:
+    """`system_fingerprint` of an answer by the model with this digest: equal ones mean equal weights and tokenizer."""
+    return f"fp_{digest[:16]}"
 
 
 @dataclass(frozen=True)
@@ -69,12 +106,12 @@ class Call:
     id: str
     prompts: tuple[Prompt, ...]
     """Each gets answers of its own."""
+    seeds: tuple[int, ...]
+    """One a prompt, for its first answer; they and the model decide every token that is drawn."""
     sampling: Sampling = Sampling()
     """Of each answer; the replica sets `max_new_tokens` and `seed`."""
     max_new_tokens: int | None = None
     """None: until the context window is full."""
-    seed: int | None = None
-    """None: another random seed for each prompt."""
     choices: int = 1
     """Answers to each prompt; those to the first prompt come first."""
     echo: bool = False
@@ -83,6 +120,40 @@ class Call:
     """An answer's last piece says how it was sampled."""
     whole: bool = False
     """All answers in one batch, once they are complete, instead of piece by piece."""
+    begun: tuple[tuple[int, ...] | None, ...] | None = None
+    """For a call that goes on with answers of a replica that is gone: the tokens each has given out, None for an answer
+    that has ended."""
+    begun_by: str | None = None
+    """Digest of the model that wrote them; no other can go on."""
+
+
+ReadTask = Literal["embeddings", "classify", "ner", "score"]
+
+
+@dataclass(frozen=True)
+class ReadCall:
+    """One HTTP request, validated: texts to be read."""
+
+    id: str
+    task: ReadTask
+    texts: tuple[str, ...]
+    pairs: tuple[str, ...] | None = None
+    """For each text a second one, to be judged together with it."""
+    truncate: bool = False
+    """Whether a text longer than the model's window is cut; it is refused otherwise."""
+    normalize: bool = True
+    """Whether embeddings get length 1."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What comes of a `ReadCall`: an encoding a text, or, for `score`, a number a pair."""
+
+    encodings: tuple[Encoding, ...]
+    scores: tuple[float, ...]
+    prompt_tokens: int
+    """Tokens read, in all."""
+    model_digest: str
 
 
 @dataclass(frozen=True)
@@ -113,13 +184,18 @@ class Piece:
     """Of the tokens in this piece; None if they were not asked for."""
     sampling: Sampling | None = None
     """How the answer was sampled, in its last piece if it was asked for."""
+    model_digest: str = ""
+    """Of the model that wrote it; during an update it may be the one before."""
+    token_ids: tuple[int, ...] = ()
+    """The tokens behind it: with them another replica can go on."""
 
     @classmethod
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
         """One piece that says as much as some consecutive ones of the same answer."""
         last = pieces[-1]
         scores = None if last.scores is None else tuple(s for piece in pieces for s in piece.scores or ())
-        return replace(last, text="".join(piece.text for piece in pieces), scores=scores)
+        ids = tuple(token for piece in pieces for token in piece.token_ids)
+        return replace(last, text="".join(piece.text for piece in pieces), token_ids=ids, scores=scores)
 
 
 @dataclass(frozen=True)
@@ -140,6 +216,13 @@ class Refusal:
         status = 400 if isinstance(error, InputError) else 500
         return cls(status, str(error), error.code, error.param if isinstance(error, RequestError) else None)
 
+    @classmethod
+    def incapable(cls, wanted: Capability, can: Sequence[Capability]) -> Refusal:
+        """The model is of another kind than the route."""
+        allowed = ", ".join(ROUTES[each] for each in can)
+        message = f"this model does not answer {ROUTES[wanted]}; allowed: {allowed}"
+        return cls(400, message, "unsupported_by_model", "model")
+
 
 @dataclass(frozen=True)
 class ReplicaStatus:
@@ -150,8 +233,27 @@ class ReplicaStatus:
     healthy: bool
     """Its engine is loaded and takes steps."""
     context_length: int
-    chat: bool
-    """Whether the model has a chat template."""
+    capabilities: tuple[Capability, ...]
+    labels: tuple[str, ...] = ()
+    """Of a model that classifies or labels words."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """The work of one engine at one moment."""
+
+    waiting: int = 0
+    """Requests that have no token yet: queued, or their prompts being read."""
+    waiting_tokens: int = 0
+    """Prompt tokens of those."""
+    running: int = 0
+    """Requests whose answers are being written."""
+    running_tokens: int = 0
+    """Prompt and answer tokens of those; their keys and values are held."""
+    capacity_tokens: int = 0
+    """Tokens whose keys and values can be held; 0 for an encoder, which holds none."""
+    prompt_tokens_per_second: float = 0.0
+    """Measured speed of reading prompts, writing beside it included; 0 before the first."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +264,15 @@ class Tokens:
     context_length: int
 
 
-class Generator(Protocol):
+class Backend(Protocol):
     """Whoever answers calls: an engine replica, or a handle to one."""
 
     def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The pieces in batches; a refusal is the last thing given. Closing the iterator early cancels the call."""
+        ...
+
+    async def read(self, call: ReadCall) -> Readings | Refusal:
+        """What the model says of texts."""
         ...
 
     async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
@@ -179,4 +285,8 @@ class Generator(Protocol):
 
     async def status(self) -> ReplicaStatus:
         """How the replica is."""
+        ...
+
+    async def reports(self) -> Sequence[LoadReport]:
+        """The work of each replica; of those that say nothing in time there is none."""
         ...

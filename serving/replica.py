@@ -1,27 +1,38 @@
-"""An engine replica: the inference engine, asked for whole answers or piece by piece.
+"""An engine replica: one model behind its engine, asked for texts or about texts. Knows nothing of Ray.
 
-Guarantees: the prompts of a call are admitted together or refused together; whatever ends a call early (a client that
-goes away, a refusal of one of its prompts, an error) cancels the rest of it in the engine. Knows nothing of Ray.
+Any family that `load_engine` opens: decoders and encoder-decoders write (`writer`), encoders read (`reader`). A model
+that is asked for what it cannot do refuses, and says what it can.
 """
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from configs.errors import GanymedeError, RequestError
+from configs.errors import EngineError, RequestError
 from configs.schema.serving import ServingConfig
-from serving.calls import Call, Conversation, Piece, Prompt, Refusal, ReplicaStatus, ServedModel, Tokens
-from serving.transcript import Transcript
+from serving.calls import (
+    LOST,
+    Call,
+    Capability,
+    Conversation,
+    LoadReport,
+    Piece,
+    Prompt,
+    ReadCall,
+    Readings,
+    Refusal,
+    ReplicaStatus,
+    ServedModel,
+    Tokens,
+)
 
 if TYPE_CHECKING:
-    from actors.engine.request import Request, TokenEvent
-
-SEED_BITS = 63
+    from serving.reader import Reader
+    from serving.writer import Writer
 
 
 class EngineReplica:
@@ -29,53 +40,72 @@ class EngineReplica:
 
     def __init__(self, model: ServedModel, config: ServingConfig) -> None:
         # Here and not above: the driver and the ingress import this module, and torch takes seconds and 300 MB.
-        from actors.engine.engine import Engine
+        from actors.engine.encoder import EncoderEngine
         from actors.engine.stream import AsyncEngine
+        from serving.reader import Reader
+        from serving.watch import Watch
+        from serving.writer import Writer
 
-        engine = Engine.load(
-            Path(model.folder),
-            max_sequences=config.max_sequences,
-            max_queued=config.max_queued,
-            precision=config.precision,
-        )
+        engine = _load(Path(model.folder), config)
         self._digest = model.digest
         self._text = engine.text
-        self._structures = engine.structures
-        self._context_length = engine.context_length
-        self._max_answers = config.max_queued
-        self._engine = AsyncEngine(engine)
+        self._context_length: int = engine.context_length
+        self._watch = Watch(
+            engine,
+            capacity_tokens=_cache_tokens(engine, config),
+            queue_limit_seconds=config.queue_limit_seconds,
+        )
+        self._step_limit_seconds = config.step_limit_seconds
+        self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
+        self._writer: Writer | None = None
+        self._reader: Reader | None = None
+        self._labels: tuple[str, ...] = ()
+        if isinstance(engine, EncoderEngine):
+            most = max(1, config.max_queued // 2)
+            self._reader = Reader(engine, self._engine, digest=model.digest, most_in_flight=most)
+            self._labels = () if engine.task == "embed" else engine.labels
+        else:
+            self._writer = Writer(engine, self._engine, digest=model.digest, most_answers=config.max_queued)
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can be asked."""
+        if self._reader is not None:
+            return self._reader.capabilities
+        return ("completions", "chat") if self._text.has_chat_template else ("completions",)
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers, in batches: pieces that have come since the last one, or all of them whole."""
-        parts: dict[int, list[Piece]] = {}
-        try:
-            if call.sampling.structure is not None:
-                # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
-                await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
-            requests = self._requests(call)
-            transcripts = [self._transcript(call, index, request) for index, request in enumerate(requests)]
-            async with aclosing(self._events(requests)) as batches:
-                async for batch in batches:
-                    pieces = [transcripts[index].piece(event) for index, event in batch]
-                    if not call.whole:
-                        yield pieces
-                        continue
-                    for piece in pieces:
-                        parts.setdefault(piece.index, []).append(piece)
-        except GanymedeError as error:
-            yield Refusal.of(error)
-        except _ContextExceededError as error:
-            yield error.refusal
-        else:
-            if call.whole:
-                yield [Piece.joined(pieces) for _, pieces in sorted(parts.items())]
+        if self._writer is None:
+            chat = any(isinstance(prompt, Conversation) for prompt in call.prompts)
+            yield Refusal.incapable("chat" if chat else "completions", self.capabilities)
+            return
+        if call.begun_by not in (None, self._digest):
+            yield Refusal(503, "the model was replaced while this answer was being written", "model_replaced")
+            return
+        async with aclosing(self._writer.stream(call)) as batches:
+            async for batch in batches:
+                yield self._or_lost(batch) if isinstance(batch, Refusal) else batch
+
+    async def read(self, call: ReadCall) -> Readings | Refusal:
+        """What the model says of texts."""
+        if self._reader is None:
+            return Refusal.incapable(call.task, self.capabilities)
+        result = await self._reader.read(call)
+        return self._or_lost(result) if isinstance(result, Refusal) else result
 
     async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
-        """The token ids that a text or a conversation becomes."""
+        """The token ids that a text or a conversation becomes, as the model reads them."""
         try:
-            return Tokens(self._token_ids(prompt), self._context_length)
+            if self._writer is not None:
+                ids = self._writer.token_ids(prompt)
+            elif isinstance(prompt, str):
+                ids = self._text.encode_input(prompt).token_ids
+            else:
+                return Refusal.incapable("chat", self.capabilities)
         except RequestError as error:
             return Refusal.of(error)
+        return Tokens(ids, self._context_length)
 
     async def detokenize(self, token_ids: tuple[int, ...]) -> str | Refusal:
         """The text of token ids, special tokens left out."""
@@ -92,107 +122,58 @@ class EngineReplica:
 
     async def status(self) -> ReplicaStatus:
         """Asked by `/health`: answers only once the model is loaded."""
-        return ReplicaStatus(self._digest, self._engine.healthy, self._context_length, self._text.has_chat_template)
+        healthy = self._engine.healthy and not self._hangs
+        return ReplicaStatus(self._digest, healthy, self._context_length, self.capabilities, self._labels)
 
     async def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces a replica that raises."""
+        """Asked by Ray Serve, which replaces a replica that raises: one whose engine has failed, or hangs in a step."""
         if self._engine.error is not None:
             raise self._engine.error
+        if self._hangs:
+            raise EngineError(
+                "the engine hangs",
+                received=f"a step of {self._watch.step_seconds:.0f} s",
+                allowed=f"at most {self._step_limit_seconds:g} s",
+                next_step="if steps of this model are that slow, raise serving.step_limit_seconds",
+            )
+
+    @property
+    def _hangs(self) -> bool:
+        return self._watch.step_seconds > self._step_limit_seconds
+
+    async def report(self) -> LoadReport:
+        """The engine's work now."""
+        return self._watch.report
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The same, asked by Ray Serve for `autoscaling.WorkPolicy`."""
+        return asdict(self._watch.report)
+
+    async def reports(self) -> list[LoadReport]:
+        """Of all replicas: there is this one."""
+        return [self._watch.report]
+
+    def _or_lost(self, refusal: Refusal) -> Refusal:
+        """A refusal as it is, unless it is the engine that has failed, and not the request."""
+        return refusal if self._engine.healthy else replace(refusal, status=503, code=LOST)
 
     def close(self) -> None:
         """Ends the engine's thread; requests in flight end with an error."""
         self._engine.close()
 
-    async def _events(self, requests: Sequence[Request]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
-        """The engine's events of several requests, merged; raises the first error of any of them."""
-        arrived: asyncio.Queue[tuple[int, TokenEvent] | BaseException] = asyncio.Queue()
 
-        async def pump(index: int, request: Request) -> None:
-            try:
-                async for event in self._engine.stream(request):
-                    arrived.put_nowait((index, event))
-            except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
-                arrived.put_nowait(error)
+def _cache_tokens(engine: Any, config: ServingConfig) -> int:
+    """Tokens whose keys and values the engine can hold: a window for each sequence, as it is loaded here."""
+    from actors.engine.encoder import EncoderEngine
 
-        tasks = [asyncio.create_task(pump(index, request)) for index, request in enumerate(requests)]
-        try:
-            running = len(tasks)
-            while running:
-                batch: list[tuple[int, TokenEvent]] = []
-                while not (batch and arrived.empty()):
-                    item = await arrived.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    batch.append(item)
-                    running -= item[1].finish_reason is not None
-                yield batch
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _requests(self, call: Call) -> list[Request]:
-        """The engine's requests: all choices of the first prompt, then of the next. Raises `RequestError` for what
-        the model cannot take.
-        """
-        from actors.engine.request import Request
-
-        if len(call.prompts) * call.choices > self._max_answers:
-            raise RequestError(
-                "too many answers asked for in one request",
-                param="prompt" if call.choices == 1 else "n",
-                received=f"{len(call.prompts)} prompts, n {call.choices}",
-                allowed=f"at most {self._max_answers} answers",
-                next_step="ask for them in several requests",
-            )
-        requests: list[Request] = []
-        for index, prompt in enumerate(call.prompts):
-            ids = self._token_ids(prompt)
-            limit = self._limit(call, len(ids), "messages" if isinstance(prompt, Conversation) else "prompt")
-            if call.sampling.min_tokens > limit:
-                raise RequestError(
-                    "min_tokens is more than there is room for",
-                    param="min_tokens",
-                    received=call.sampling.min_tokens,
-                    allowed=f"at most {limit}",
-                )
-            seed = secrets.randbits(SEED_BITS) if call.seed is None else call.seed
-            sampling = call.sampling.model_copy(update={"max_new_tokens": limit, "seed": seed})
-            requests += Request(f"{call.id}-{index}", ids, sampling).choices(call.choices)
-        return requests
-
-    def _transcript(self, call: Call, index: int, request: Request) -> Transcript:
-        prompt = call.prompts[index // call.choices]
-        echo = None
-        if call.echo:
-            echo = prompt if isinstance(prompt, str) else self._text.decode(request.prompt_ids)
-        return Transcript(index, request, self._text, echo=echo, report_sampling=call.report_sampling)
-
-    def _token_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self._text.encode(prompt))
-        if isinstance(prompt, Conversation):
-            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-            return tuple(self._text.render_chat(messages, add_generation_prompt=True))
-        return prompt
-
-    def _limit(self, call: Call, prompt_tokens: int, param: str) -> int:
-        """Tokens to generate at most: what is asked for, as far as the context window has room."""
-        room = self._context_length - prompt_tokens
-        if room < (call.max_new_tokens != 0):
-            raise _ContextExceededError(prompt_tokens, self._context_length, param)
-        return room if call.max_new_tokens is None else min(call.max_new_tokens, room)
+    return 0 if isinstance(engine, EncoderEngine) else int(engine.context_length) * config.max_sequences
 
 
-class _ContextExceededError(Exception):
-    """A prompt that leaves no room in the context window; carries the code that OpenAI clients look for."""
+def _load(folder: Path, config: ServingConfig) -> Any:
+    """The engine for the model's family."""
+    from actors.engine.loading import load_engine, runner_kind
 
-    def __init__(self, tokens: int, context_length: int, param: str) -> None:
-        super().__init__(tokens, context_length, param)
-        self.refusal = Refusal(
-            400,
-            f"the prompt does not fit this model's context window; received {tokens} tokens; "
-            f"allowed: at most {context_length - 1}, which leaves room for one more; next: shorten the {param}",
-            "context_length_exceeded",
-            param,
-        )
+    options: dict[str, Any] = {"max_queued": config.max_queued, "precision": config.precision}
+    if runner_kind(folder) != "encoder":
+        options["max_sequences"] = config.max_sequences
+    return load_engine(folder, **options)

@@ -17,22 +17,31 @@ class Transcript:
 
     Args of the constructor:
         index: the answer's place among those of its call.
-        request: what the engine was asked.
+        request: what the engine was asked; what it holds as generated was given out before, the echo too.
         text: of the model.
+        digest: of the model.
         echo: the prompt's text, if the answer begins with it.
         report_sampling: whether the last piece says how the answer was sampled.
     """
 
-    def __init__(self, index: int, request: Request, text: Text, *, echo: str | None, report_sampling: bool) -> None:
+    def __init__(
+        self, index: int, request: Request, text: Text, digest: str, *, echo: str | None, report_sampling: bool
+    ) -> None:
         self._index = index
         self._request = request
         self._text = text
+        self._digest = digest
         self._echo = echo
         self._report_sampling = report_sampling
         self._scored = request.sampling.logprobs is not None
         self._decoder = text.stream_decoder()
         self._length = 0
         """Characters of the tokens scored so far."""
+        if request.generated:
+            given = (*request.prompt_ids, *request.generated) if echo is not None else request.generated
+            for token in given:
+                self._advance(token)
+            self._echo = None
 
     def piece(self, event: TokenEvent) -> Piece:
         """What the event adds to the answer. Raises the error that ends the request."""
@@ -52,6 +61,8 @@ class Transcript:
             text=shown + event.text,
             prompt_tokens=event.prompt_tokens,
             completion_tokens=event.completion_tokens,
+            model_digest=self._digest,
+            token_ids=event.token_ids,
             finish_reason=reason,
             scores=tuple(scores) if self._scored else None,
             sampling=self._request.sampling if self._report_sampling and reason is not None else None,

@@ -20,6 +20,9 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     sampling: Sampling
+    generated: tuple[int, ...] = ()
+    """The first tokens of the answer, drawn before (by an engine that is gone): they are not given out again, and the
+    ones after them are those that would have come."""
 
     def check(self, *, context_length: int, vocab: int) -> None:
         """Raises `RequestError` unless a model with this window and number of tokens can serve the request."""
@@ -39,6 +42,7 @@ class Request:
             ("prompt", self.prompt_ids),
             ("logit_bias", sampling.logit_bias),
             ("stop_token_ids", sampling.stop_token_ids),
+            ("generated", self.generated),
         ):
             unknown = next((token for token in ids if not 0 <= token < vocab), None)
             if unknown is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from actors.engine.request import FinishReason, Request, StopStrings, TokenEvent, TokenLogprob
 from actors.text import StreamDecoder, Text
-from configs.errors import GanymedeError
+from configs.errors import GanymedeError, RequestError
 
 if TYPE_CHECKING:
     from actors.engine.grammars import Matcher
@@ -45,9 +45,9 @@ class Sequence:
 
     @classmethod
     def start(cls, request: Request, text: Text, *, context_length: int, matcher: Matcher | None) -> Self:
-        """A request's state before its first step."""
+        """A request's state before its first step. Raises `RequestError` if what was generated is a whole answer."""
         sampling = request.sampling
-        return cls(
+        sequence = cls(
             request,
             decoder=text.stream_decoder(),
             stops=StopStrings(sampling.stop),
@@ -55,6 +55,10 @@ class Sequence:
             max_tokens=min(len(request.prompt_ids) + sampling.max_new_tokens, context_length),
             matcher=matcher,
         )
+        for token in request.generated:
+            if sequence.advance(token).finish_reason is not None:
+                raise RequestError("the answer has ended already", param="generated")
+        return sequence
 
     @property
     def prompt_tokens(self) -> int:

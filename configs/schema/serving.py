@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import ipaddress
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from configs.schema.base import Config, Input, placement
+
+
+KEY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class ApiKey(Config):
+    """A key as it is kept: never the key itself."""
+
+    name: Annotated[str, Field(pattern=KEY_NAME)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    models: tuple[str, ...] = ()
+    """Names of the models it may ask; all if empty."""
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    """Prompt and answer tokens together."""
 
 
 class ServingConfig(Config):
@@ -17,7 +41,9 @@ class ServingConfig(Config):
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas_min: Annotated[int, Field(ge=1)] = 1
     replicas_max: Annotated[int, Field(ge=1)] = 2
-    """Replicas of the engine under load; between the two, their number follows the requests in flight."""
+    """Replicas of the engine under load; between the two, their number follows the work there is."""
+    first_token_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Replicas are added when the prompts that wait cannot be read within this time."""
     max_sequences: Annotated[int, Field(ge=1)] = 16
     """Sequences a replica decodes together."""
     max_queued: Annotated[int, Field(ge=1)] = 128
@@ -28,6 +54,21 @@ class ServingConfig(Config):
     """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    body_limit_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """A request whose headers or body take longer to arrive is answered 408."""
+    queue_limit_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """A request that has no token after this time is answered 503 instead of being read."""
+    drain_limit_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """A replica that is replaced or no longer needed has this time to finish its answers; they are cut off then."""
+    step_limit_seconds: Annotated[float, Field(gt=0)] = 8.0
+    """A replica whose engine takes longer over one step counts as hung and is replaced."""
+    keys_path: Path | None = None
+    """File with the API keys; `<home>/keys.json` unless set, which `ganymede keys add` writes."""
+    require_keys: bool | None = None
+    """Whether requests need an API key; unless set, as soon as `host` is not loopback."""
+    access_log: Path | None = None
+    """File that gets a line of JSON for each request, without what was asked or answered; `<home>/logs/access.jsonl`
+    unless set."""
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time the endpoint has to become ready before the deployment counts as failed."""
 
@@ -36,6 +77,16 @@ class ServingConfig(Config):
         if self.replicas_max < self.replicas_min:
             raise ValueError(f"replicas_max {self.replicas_max} must be at least replicas_min {self.replicas_min}")
         return self
+
+    @property
+    def keys_required(self) -> bool:
+        """Whether requests need an API key."""
+        return not is_loopback(self.host) if self.require_keys is None else self.require_keys
+
+    def within(self, home: Path) -> Self:
+        """The same with the places under the state folder that are not set."""
+        places = {"keys_path": home / "keys.json", "access_log": home / "logs" / "access.jsonl"}
+        return self.model_copy(update={name: path for name, path in places.items() if getattr(self, name) is None})
 
 
 class DeployConfig(Config):
@@ -50,3 +101,9 @@ class DeployConfig(Config):
     serving: ServingConfig = placement(ServingConfig())
     question: str | None = None
     """Asked of the endpoint with the `openai` client once it is up."""
+
+    @model_validator(mode="after")
+    def _can_ask(self) -> Self:
+        if self.question is not None and self.serving.keys_required:
+            raise ValueError("question is asked without an API key; leave it out where serving requires keys")
+        return self

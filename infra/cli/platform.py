@@ -88,8 +88,11 @@ def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="NAME@ALIAS of the registry, or model/NAME@VERSION.")],
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     host: Annotated[
-        str, typer.Option(help="Address to bind; 0.0.0.0 opens the endpoint to the network.")
+        str, typer.Option(help="Address to bind; 0.0.0.0 opens the endpoint to the network, and asks for API keys.")
     ] = "127.0.0.1",
+    require_key: Annotated[
+        bool, typer.Option("--require-key", help="Ask for API keys on loopback too (ganymede keys add NAME).")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Serves a model with the OpenAI API until Ctrl-C. Example: ganymede serve demo@champion --port 8000."""
@@ -99,7 +102,7 @@ def serve(
     with ray_session(home) as cluster:
         from infra.deploy import stop_serving
 
-        url = _start_endpoint(model, home, port=port, host=host)
+        url = _start_endpoint(model, home, port=port, host=host, require_key=require_key)
         typer.echo(f"{model} answers at {url} (OpenAI API); Ctrl-C ends it")
         try:
             while True:
@@ -111,7 +114,7 @@ def serve(
                 stop_serving()
 
 
-def _start_endpoint(model: str, home: Path, *, port: int, host: str) -> str:
+def _start_endpoint(model: str, home: Path, *, port: int, host: str, require_key: bool = False) -> str:
     """Serves `model` on the connected Ray; returns the base URL for OpenAI clients once it answers."""
     with err().status(f"finding {model}") as status:
         from actors.store.artifacts import ArtifactStore
@@ -119,7 +122,8 @@ def _start_endpoint(model: str, home: Path, *, port: int, host: str) -> str:
         from infra.deploy import find_model, serve_model
 
         served = find_model(model, ArtifactStore(home / "artifacts"), home)
-        endpoint = serve_model(served, ServingConfig(port=port, host=host), say=status.update)
+        config = ServingConfig(port=port, host=host, require_keys=require_key or None).within(home)
+        endpoint = serve_model(served, config, say=status.update)
     return endpoint.url
 
 

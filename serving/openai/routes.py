@@ -1,8 +1,9 @@
-"""The routes of the endpoint, over anything that generates.
+"""The routes of the endpoint, over anything that answers calls.
 
-`/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/tokenize`, `/detokenize`, `/health`.
-Bodies are read by hand, up to a limit, so that everything wrong with one (its size, its JSON, a field) is told in the
-same shape.
+`/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`, `/v1/classify`,
+`/v1/ner`, `/v1/score`, `/tokenize`, `/detokenize`, `/live`, `/health`, `/metrics`. All are there whatever the model can
+do: the replica refuses, and says what it can. Bodies are read by hand, up to a limit, so that everything wrong with one
+(its size, its JSON, a field) is told in the same shape.
 """
 
 from __future__ import annotations
@@ -11,21 +12,33 @@ import asyncio
 import logging
 import time
 import uuid
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from configs.schema.serving import ServingConfig
-from serving.calls import Generator, Refusal, ReplicaStatus, ServedModel
+from configs.errors import ConfigError
+from configs.schema.serving import ApiKey, ServingConfig
+from serving.access import AccessLog, Observed, Trace
+from serving.calls import Backend, Refusal, ReplicaStatus, ServedModel, fingerprint
+from serving.keys import Keyed, KeyRing
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.openai.errors import ApiError, error_response
+from serving.openai.reading import (
+    ClassifyRequest,
+    EmbeddingsRequest,
+    NerRequest,
+    ReadRequest,
+    ScoreRequest,
+    read_answer,
+)
 from serving.openai.schema import (
-    ApiError,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    error_body,
     read_request,
 )
 from serving.openai.stream import Answer, ChatAnswer, CompletionAnswer, server_sent_events
@@ -38,15 +51,27 @@ HEALTH_TIMEOUT_SECONDS = 5.0
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def create_api(engine: Generator, model: ServedModel, config: ServingConfig) -> FastAPI:
-    """The ASGI application. `engine` is asked once a request."""
+def create_api(engine: Backend, model: ServedModel, config: ServingConfig, metrics: Metrics) -> FastAPI:
+    """The ASGI application. Raises `ConfigError` if it is to ask for keys and has no file with them."""
     api = FastAPI(title="Ganymede", docs_url=None, redoc_url=None, openapi_url=None)
-    routes = _Routes(engine, model, config)
+    routes = _Routes(engine, model, config, metrics)
+    # The last one added is the outermost: refused keys are logged too.
+    if config.keys_required:
+        if config.keys_path is None:
+            raise ConfigError("keys are required, and keys_path does not say where they are", allowed="a file")
+        api.add_middleware(Keyed, ring=KeyRing(config.keys_path))
+    api.add_middleware(Observed, metrics=metrics, log=AccessLog(config.access_log))
+    api.add_api_route("/live", routes.live, methods=["GET"], response_model=None)
+    api.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
     api.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     api.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
     api.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"], response_model=None)
     api.add_api_route("/v1/completions", routes.completions, methods=["POST"], response_model=None)
     api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/embeddings", routes.embeddings, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/classify", routes.classify, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/ner", routes.ner, methods=["POST"], response_model=None)
+    api.add_api_route("/v1/score", routes.score, methods=["POST"], response_model=None)
     api.add_api_route("/tokenize", routes.tokenize, methods=["POST"], response_model=None)
     api.add_api_route("/detokenize", routes.detokenize, methods=["POST"], response_model=None)
     api.add_exception_handler(ApiError, _refused)
@@ -58,10 +83,19 @@ def create_api(engine: Generator, model: ServedModel, config: ServingConfig) -> 
 class _Routes:
     """One method a route."""
 
-    def __init__(self, engine: Generator, model: ServedModel, config: ServingConfig) -> None:
+    def __init__(self, engine: Backend, model: ServedModel, config: ServingConfig, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._engine = engine
         self._model = model
         self._config = config
+
+    async def live(self) -> Response:
+        """200 as long as the ingress itself runs; whether a model can be asked is what `/health` says."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(self._metrics.exposition(await self._engine.reports()), media_type=CONTENT_TYPE)
 
     async def health(self) -> Response:
         """200 once a replica has the model loaded and its engine takes steps; 503 before and when it has stopped."""
@@ -73,47 +107,79 @@ class _Routes:
             return JSONResponse({"status": "stopped", "model": self._model.name}, 503)
         return JSONResponse({"status": "ok", "model": self._model.name, "digest": status.digest})
 
-    async def models(self) -> Response:
-        """All models: the one that is served."""
-        return JSONResponse({"object": "list", "data": [_describe(self._model, None)]})
+    async def models(self, request: Request) -> Response:
+        """All models that the key may ask: there is the one that is served."""
+        allowed = _may_ask(request, self._model.name)
+        return JSONResponse({"object": "list", "data": [_describe(self._model, None)] if allowed else []})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request, name: str) -> Response:
         """What is known of one model: its artifact, its version in the registry, what it can do."""
-        self._require(name)
+        self._require(request, name)
         return JSONResponse(_describe(self._model, await self._engine.status()))
 
     async def completions(self, request: Request) -> Response:
         """Continues prompts."""
         asked = read_request(CompletionRequest, await self._body(request))
-        return await self._answer(CompletionAnswer, "cmpl", asked)
+        return await self._answer(CompletionAnswer, "cmpl", asked, request)
 
     async def chat(self, request: Request) -> Response:
         """Continues a conversation."""
         asked = read_request(ChatRequest, await self._body(request))
-        return await self._answer(ChatAnswer, "chatcmpl", asked)
+        return await self._answer(ChatAnswer, "chatcmpl", asked, request)
+
+    async def embeddings(self, request: Request) -> Response:
+        """Texts as vectors."""
+        return await self._read("embd", read_request(EmbeddingsRequest, await self._body(request)), request)
+
+    async def classify(self, request: Request) -> Response:
+        """Which class texts are of."""
+        return await self._read("clas", read_request(ClassifyRequest, await self._body(request)), request)
+
+    async def ner(self, request: Request) -> Response:
+        """The entities in texts."""
+        return await self._read("ner", read_request(NerRequest, await self._body(request)), request)
+
+    async def score(self, request: Request) -> Response:
+        """How well pairs of texts go together."""
+        return await self._read("score", read_request(ScoreRequest, await self._body(request)), request)
 
     async def tokenize(self, request: Request) -> Response:
         """The token ids of a text or a conversation."""
         asked = read_request(TokenizeRequest, await self._body(request))
-        self._require(asked.model)
+        self._require(request, asked.model)
         tokens = _accepted(await self._engine.tokenize(asked.what()))
         return JSONResponse({"tokens": tokens.ids, "count": len(tokens.ids), "max_model_len": tokens.context_length})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
         asked = read_request(DetokenizeRequest, await self._body(request))
-        self._require(asked.model)
+        self._require(request, asked.model)
         return JSONResponse({"prompt": _accepted(await self._engine.detokenize(asked.tokens))})
 
-    async def _answer(self, kind: type[Answer], prefix: str, asked: CompletionRequest | ChatRequest) -> Response:
-        self._require(asked.model)
-        call = asked.call(f"{prefix}-{uuid.uuid4().hex}")
-        frame = kind(call.id, int(time.time()), asked.model, self._model.fingerprint, asked.n)
-        batches = self._engine.stream(call)
+    async def _read(self, prefix: str, asked: ReadRequest, request: Request) -> Response:
+        self._require(request, asked.model)
+        trace: Trace = request.scope["trace"]
+        trace.request_id = f"{prefix}-{uuid.uuid4().hex}"
+        call = asked.call(trace.request_id)
+        readings = await self._engine.read(call)
+        if isinstance(readings, Refusal):
+            raise ApiError(asked.named(readings))
+        trace.count(readings.prompt_tokens, 0)
+        return JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
+
+    async def _answer(
+        self, kind: type[Answer], prefix: str, asked: CompletionRequest | ChatRequest, request: Request
+    ) -> Response:
+        self._require(request, asked.model)
+        trace: Trace = request.scope["trace"]
+        trace.request_id, trace.stream = f"{prefix}-{uuid.uuid4().hex}", asked.stream
+        call = asked.call(trace.request_id)
+        batches = trace.follow(self._engine.stream(call), self._metrics, asked.n)
         # The status line waits for the first batch, so that a refusal is an HTTP error and not an event.
         first = await anext(batches)
         if isinstance(first, Refusal):
             raise ApiError(asked.named(first))
+        frame = kind(call.id, int(time.time()), asked.model, fingerprint(first[0].model_digest), asked.n)
         if call.whole:
             await batches.aclose()
             return JSONResponse(frame.whole(first))
@@ -121,21 +187,34 @@ class _Routes:
         return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
 
     async def _body(self, request: Request) -> bytes:
-        """The request's body. Raises `ApiError` (413) as soon as it is known to be too long."""
+        """The request's body. Raises `ApiError`: 413 as soon as it is known to be too long, 408 if it is too slow."""
         limit = self._config.max_body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise ApiError(
-                    Refusal(413, f"the body is too long; allowed: at most {limit} bytes", "request_too_large")
-                )
+        try:
+            async with asyncio.timeout(self._config.body_limit_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        message = f"the body is too long; allowed: at most {limit} bytes"
+                        raise ApiError(Refusal(413, message, "request_too_large"))
+        except TimeoutError as error:
+            message = f"the body did not arrive in {self._config.body_limit_seconds:g} s"
+            raise ApiError(Refusal(408, message, "request_timeout")) from error
         return bytes(body)
 
-    def _require(self, name: str) -> None:
+    def _require(self, request: Request, name: str) -> None:
+        """Raises `ApiError` unless the model is served and the request's key may ask it."""
         if name != self._model.name:
             message = f"the model {name!r} is not served here; allowed: {self._model.name!r}"
             raise ApiError(Refusal(404, message, "model_not_found", "model"))
+        if not _may_ask(request, name):
+            message = f"this API key may not ask {name!r}; allowed: {', '.join(request.scope['key'].models)}"
+            raise ApiError(Refusal(403, message, "model_not_allowed", "model"))
+
+
+def _may_ask(request: Request, model: str) -> bool:
+    key: ApiKey | None = request.scope.get("key")
+    return key is None or not key.models or model in key.models
 
 
 def _accepted(result: T | Refusal) -> T:
@@ -154,22 +233,18 @@ def _describe(model: ServedModel, status: ReplicaStatus | None) -> dict[str, Any
         "digest": model.digest,
         "registry_version": model.version,
         "alias": model.alias,
-        "system_fingerprint": model.fingerprint,
+        "system_fingerprint": fingerprint(model.digest),
         "context_length": status.context_length,
-        "chat": status.chat,
+        "capabilities": status.capabilities,
+        "labels": status.labels,
+        "lineage": asdict(model.lineage),
     }
-
-
-def _error_response(refusal: Refusal) -> Response:
-    wait = refusal.retry_after_seconds
-    headers = None if wait is None else {"Retry-After": str(wait)}
-    return JSONResponse(error_body(refusal), refusal.status, headers=headers)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return _error_response(error.refusal)
+    return error_response(error.refusal)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -177,9 +252,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return _error_response(Refusal(error.status_code, message, "unknown_route"))
+    return error_response(Refusal(error.status_code, message, "unknown_route"))
 
 
 async def _crashed(request: Request, error: Exception) -> Response:
     logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _error_response(Refusal(500, "the server met an error; its log has the details", "internal_error"))
+    return error_response(Refusal(500, "the server met an error; its log has the details", "internal_error"))

@@ -1,13 +1,13 @@
 """Requests of the OpenAI API that are understood here, read strictly.
 
 A field that is not honoured is refused by name instead of being ignored, because an ignored parameter gives the client
-another answer than it asked for. Everything wrong raises `ApiError`, whose `body()` has OpenAI's error shape
-`{"error": {"message", "type", "param", "code"}}`.
+another answer than it asked for. Everything wrong raises `ApiError`.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
 
@@ -16,49 +16,33 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from configs.schema.generation import MAX_LOGPROBS, MAX_STOPS, Sampling
 from serving.calls import Call, Conversation, Message, Prompt, Refusal
+from serving.openai.errors import ApiError
 from serving.openai.formats import ResponseFormat, Strict, StructuredOutputs
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`; a chat goes on until the context window is full."""
 MAX_CHOICES = 128
+SEED_BITS = 63
 _SHOWN_CHARS = 80
 """Of a value that is quoted in an error."""
 
 
-class ApiError(Exception):
-    """Ends a request with an error the client can read."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.message)
-        self.refusal = refusal
-
-    @classmethod
-    def bad_request(cls, message: str, *, param: str | None = None, code: str = "invalid_request") -> Self:
-        """400."""
-        return cls(Refusal(400, message, code, param))
-
-
-def error_body(refusal: Refusal) -> dict[str, Any]:
-    """A refusal in OpenAI's shape."""
-    kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-    return {"error": {"message": refusal.message, "type": kind, "param": refusal.param, "code": refusal.code}}
-
-
-def _wrong(message: str) -> NoReturn:
+def wrong(message: str) -> NoReturn:
+    """For a field whose value cannot be used; raised inside a validator."""
     raise PydanticCustomError("wrong", "{message}", {"message": message})
 
 
-def _wrong_field(field: str, message: str) -> NoReturn:
+def wrong_field(field: str, message: str) -> NoReturn:
     """For what only several fields together make wrong: the error's type names the one that is to be changed."""
     raise PydanticCustomError(field, "{message}", {"message": message})
 
 
-def _is_unicode(text: str) -> str:
+def is_unicode(text: str) -> str:
     """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        _wrong("holds half of a surrogate pair, which is no character")
+        wrong("holds half of a surrogate pair, which is no character")
     return text
 
 
@@ -66,14 +50,14 @@ def _prompts(value: Any) -> Any:
     """The four forms of `prompt` as one: a tuple of texts or of token id tuples."""
     allowed = "allowed: a string, a list of strings, a list of token ids, or a list of lists of token ids"
     if isinstance(value, str):
-        return (_is_unicode(value),)
+        return (is_unicode(value),)
     if not isinstance(value, list) or not value:
-        _wrong(allowed)
+        wrong(allowed)
     if all(isinstance(item, str) for item in value):
-        return tuple(_is_unicode(item) for item in value)
+        return tuple(is_unicode(item) for item in value)
     lists = [value] if _are_ids(value) else value
     if not all(isinstance(item, list) and item and _are_ids(item) for item in lists):
-        _wrong(allowed)
+        wrong(allowed)
     return tuple(tuple(item) for item in lists)
 
 
@@ -84,14 +68,14 @@ def _are_ids(items: list[Any]) -> bool:
 def _stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        _wrong(f"allowed: a string or a list of at most {MAX_STOPS} strings, none of them empty")
-    return tuple(_is_unicode(stop) for stop in stops)
+        wrong(f"allowed: a string or a list of at most {MAX_STOPS} strings, none of them empty")
+    return tuple(is_unicode(stop) for stop in stops)
 
 
 def _biases(value: Any) -> Any:
     """Token ids come as the names of a JSON object's fields."""
     if not isinstance(value, dict) or not all(name.isascii() and name.isdecimal() for name in value):
-        _wrong("allowed: an object from token ids to numbers from -100 to 100")
+        wrong("allowed: an object from token ids to numbers from -100 to 100")
     return {int(name): bias for name, bias in value.items()}
 
 
@@ -99,7 +83,7 @@ def _content(value: Any) -> Any:
     """A message's text; text parts are joined."""
     if isinstance(value, list):
         if not all(isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in value):
-            _wrong('allowed: a string, or a list of parts {"type": "text", "text": ...}')
+            wrong('allowed: a string, or a list of parts {"type": "text", "text": ...}')
         if all(isinstance(p["text"], str) for p in value):
             return "".join(p["text"] for p in value)
     return value
@@ -107,7 +91,7 @@ def _content(value: Any) -> Any:
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-UnicodeText = Annotated[str, AfterValidator(_is_unicode)]
+UnicodeText = Annotated[str, AfterValidator(is_unicode)]
 
 
 class StreamOptions(Strict):
@@ -165,7 +149,7 @@ class _Request(Strict):
         optional = cls.model_fields.keys() - cls.required
         cleaned = {key: value for key, value in data.items() if value is not None or key not in optional}
         if "stream_options" in cleaned and cleaned.get("stream") is not True:
-            _wrong_field("stream_options", "allowed only with stream: true")
+            wrong_field("stream_options", "allowed only with stream: true")
         return cleaned
 
     @property
@@ -176,9 +160,9 @@ class _Request(Strict):
     @model_validator(mode="after")
     def _one_structure(self) -> Self:
         if self.structured_outputs is not None and self.response_format.type != "text":
-            _wrong_field("structured_outputs", "response_format and structured_outputs exclude each other")
+            wrong_field("structured_outputs", "response_format and structured_outputs exclude each other")
         if self.min_tokens and self._structure_field is not None:
-            _wrong_field("min_tokens", f"min_tokens and {self._structure_field} exclude each other")
+            wrong_field("min_tokens", f"min_tokens and {self._structure_field} exclude each other")
         return self
 
     @property
@@ -224,14 +208,20 @@ class _Request(Strict):
         return Call(
             id=call_id,
             prompts=prompts,
+            seeds=self._seeds(len(prompts)),
             sampling=sampling,
             max_new_tokens=max_new_tokens,
-            seed=None if self.seed is None else self.seed % (1 << 63),
             choices=self.n,
             echo=echo,
             report_sampling=self.return_sampling,
             whole=not self.stream,
         )
+
+    def _seeds(self, prompts: int) -> tuple[int, ...]:
+        """The seed that is asked for, or a random one for each prompt: drawn here, so that any replica draws alike."""
+        if self.seed is not None:
+            return (self.seed % (1 << SEED_BITS),) * prompts
+        return tuple(secrets.randbits(SEED_BITS) for _ in range(prompts))
 
 
 class CompletionRequest(_Request):
@@ -265,9 +255,9 @@ class ChatRequest(_Request):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            _wrong_field("max_tokens", "max_tokens and max_completion_tokens exclude each other")
+            wrong_field("max_tokens", "max_tokens and max_completion_tokens exclude each other")
         if self.top_logprobs and not self.logprobs:
-            _wrong_field("top_logprobs", "top_logprobs is allowed only with logprobs: true")
+            wrong_field("top_logprobs", "top_logprobs is allowed only with logprobs: true")
         return self
 
     def call(self, call_id: str) -> Call:
@@ -287,7 +277,7 @@ class TokenizeRequest(Strict):
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            _wrong_field("prompt", "allowed: either prompt or messages")
+            wrong_field("prompt", "allowed: either prompt or messages")
         return self
 
     def what(self) -> Prompt:
@@ -306,7 +296,7 @@ def _conversation(messages: tuple[ChatMessage, ...]) -> Conversation:
     return Conversation(tuple(Message(m.role, m.content) for m in messages))
 
 
-R = TypeVar("R", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+R = TypeVar("R", bound=BaseModel)
 
 
 def read_request(kind: type[R], body: bytes) -> R:

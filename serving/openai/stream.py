@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from serving.calls import Piece, Refusal
+from serving.openai.errors import error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
-from serving.openai.schema import error_body
 
 logger = logging.getLogger("ray.serve")
 

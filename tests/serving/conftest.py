@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from actors.text import make_contract
+from configs.schema.serving import ServingConfig
 from serving.calls import ServedModel
+from serving.metrics import Metrics
+from serving.openai.routes import create_api
+from serving.replica import EngineReplica
 
 SPECIAL = ["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEMPLATE = (
@@ -52,6 +63,30 @@ def served(folder: Path) -> ServedModel:
         name="tiny", folder=str(folder), ref="model/tiny-finetune@3", digest="ab" * 32, version=3, alias="champion",
         created=1_700_000_000,
     )  # fmt: skip
+
+
+def local_endpoint(folder: Path, **settings: Any) -> AbstractContextManager[str]:
+    """A server on loopback over one replica in this process, without Ray; its URL."""
+    return endpoint_of(folder, served(folder), **settings)
+
+
+@contextmanager
+def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> Iterator[str]:
+    """The same for a model that says of itself what `model` does."""
+    config = ServingConfig(precision="fp32", **settings)
+    replica = EngineReplica(replace(model, folder=str(folder)), config)
+    api = create_api(replica, model, config, Metrics(model.name))
+    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        replica.close()
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,8 @@ def test_models_are_listed_and_described(client: openai.OpenAI) -> None:
     extra = client.models.retrieve("tiny").model_extra
     assert extra is not None
     assert (extra["artifact"], extra["digest"]) == ("model/tiny-finetune@3", "ab" * 32)
-    assert (extra["registry_version"], extra["alias"], extra["chat"]) == (3, "champion", True)
+    assert (extra["registry_version"], extra["alias"]) == (3, "champion")
+    assert (extra["capabilities"], extra["labels"]) == (["completions", "chat"], [])
 
 
 def test_a_greedy_completion_is_that_of_transformers(client: openai.OpenAI, model_folder: Path) -> None:
@@ -224,7 +225,7 @@ def completion(**fields: Any) -> bytes:
         ("/v1/completions", completion(prompt="a" * 100_000), 413, None, "request_too_large"),
         ("/v1/chat/completions", completion(), 400, "prompt", "unsupported_parameter"),
         ("/v1/chat/completions", b'{"model": "tiny"}', 400, "messages", "missing_required_parameter"),
-        ("/v1/embeddings", b"{}", 404, None, "unknown_route"),
+        ("/v1/edits", b"{}", 404, None, "unknown_route"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

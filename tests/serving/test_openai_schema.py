@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from configs.schema.generation import Sampling, Structure
 from serving.calls import Conversation, Message, Piece, Refusal, TokenScore
+from serving.openai.errors import ApiError, error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
-from serving.openai.schema import ApiError, ChatRequest, CompletionRequest, error_body, read_request
+from serving.openai.schema import ChatRequest, CompletionRequest, read_request
 from serving.openai.stream import ChatAnswer, CompletionAnswer
 
 
@@ -36,7 +37,7 @@ def test_a_prompt_has_four_forms(prompt: Any, prompts: Any) -> None:
 
 def test_defaults_are_those_of_openai() -> None:
     call = completion().call("id")
-    assert (call.max_new_tokens, call.seed, call.choices, call.echo) == (16, None, 1, False)
+    assert (call.max_new_tokens, call.choices, call.echo) == (16, 1, False)
     assert call.sampling == Sampling(max_new_tokens=0)
     assert chat().call("id").max_new_tokens is None
 
@@ -65,9 +66,13 @@ def test_text_parts_of_a_message_are_joined() -> None:
 
 
 def test_a_negative_seed_is_a_seed() -> None:
-    seed = completion(seed=-1).call("id").seed
-    assert seed is not None
-    assert 0 <= seed < 1 << 63
+    seeds = completion(seed=-1, prompt=["a", "b"]).call("id").seeds
+    assert seeds == ((1 << 63) - 1,) * 2
+
+
+def test_without_a_seed_each_prompt_and_each_call_has_one_of_its_own() -> None:
+    asked = completion(prompt=["a", "b"])
+    assert len({*asked.call("id").seeds, *asked.call("id").seeds}) == 4
 
 
 @pytest.mark.parametrize("field", ["best_of", "suffix", "tools", "modalities", "top_logprobs"])

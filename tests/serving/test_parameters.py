@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +14,9 @@ import openai
 import pydantic
 import pytest
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from configs.schema.serving import ServingConfig
-from serving.openai.routes import create_api
-from serving.replica import EngineReplica
-from tests.serving.conftest import CONTEXT_LENGTH, served
+from tests.serving.conftest import CONTEXT_LENGTH, local_endpoint
 
 UNKNOWN = {"name": "n", "schema": {"type": "spaceship"}}
 CHAT: list[Any] = [{"role": "user", "content": "open the path"}]
@@ -30,18 +24,8 @@ CHAT: list[Any] = [{"role": "user", "content": "open the path"}]
 
 @pytest.fixture(scope="module")
 def url(model_folder: Path) -> Iterator[str]:
-    config = ServingConfig(max_sequences=4, max_queued=64, precision="fp32")
-    replica = EngineReplica(served(model_folder), config)
-    api = create_api(replica, served(model_folder), config)
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", lifespan="off"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    replica.close()
+    with local_endpoint(model_folder, max_sequences=4, max_queued=64) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""What an endpoint measures of itself, in Prometheus' text format.
+
+Names and labels are those of vLLM's server, so that dashboards and alerts made for it show this one too; what it has no
+name for is called `ganymede:...`. What concerns requests is measured in the ingress, which all of them pass; the gauges
+of the engines are asked of every replica when they are scraped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serving.calls import LoadReport
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class Metrics:
+    """The counters of one endpoint."""
+
+    def __init__(self, model: str) -> None:
+        self._registry = CollectorRegistry()
+        self._model = model
+        self._first_token = self._histogram(
+            "vllm:time_to_first_token_seconds", "From the request to the first token of a streamed answer.", _SECONDS
+        )
+        self._between_tokens = self._histogram(
+            "vllm:inter_token_latency_seconds", "From one token of a streamed answer to the next.", _TOKEN_SECONDS
+        )
+        self._latency = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From the request to the end of its answer.", _SECONDS
+        )
+        self._prompt_length = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._answer_length = self._histogram(
+            "vllm:request_generation_tokens", "Tokens written for a request.", _TOKENS
+        )
+        self._prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens of answered requests.")
+        self._answer_tokens = self._counter("vllm:generation_tokens", "Tokens written.")
+        self._finished = self._counter("vllm:request_success", "Answers, by why they ended.", "finished_reason")
+        self._responses = Counter(
+            "http_requests", "Responses.", ("handler", "method", "status"), registry=self._registry
+        )
+        self._replays = self._counter("ganymede:replays", "Times a call went on in another replica.")
+        self._broken = self._counter(
+            "ganymede:broken_answers", "Streams that ended with an error or without their client."
+        )
+        self._running = self._gauge("vllm:num_requests_running", "Requests whose answers are being written.")
+        self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that have no token yet.")
+        self._waiting_tokens = self._gauge("ganymede:num_tokens_waiting", "Prompt tokens of requests without a token.")
+        self._cache = self._gauge("vllm:kv_cache_usage_perc", "Share of the keys and values that are held; 1 is full.")
+        self._speed = self._gauge("ganymede:prompt_tokens_per_second", "Measured speed of reading prompts.")
+        self._replicas = self._gauge("ganymede:replicas", "Engine replicas that answer.", engine=False)
+
+    def responded(self, route: str, method: str, status: int) -> None:
+        """A response has begun."""
+        self._responses.labels(route, method, str(status)).inc()
+
+    def first_token(self, seconds: float) -> None:
+        """A streamed answer's first token is there."""
+        self._first_token.labels(self._model).observe(seconds)
+
+    def next_token(self, seconds: float) -> None:
+        """One more token of a stream has come after some time."""
+        self._between_tokens.labels(self._model).observe(seconds)
+
+    def answered(self, seconds: float, prompt_tokens: int, answer_tokens: int, reasons: Sequence[str]) -> None:
+        """A request has been answered to its end."""
+        self._latency.labels(self._model).observe(seconds)
+        self._prompt_length.labels(self._model).observe(prompt_tokens)
+        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        for reason in reasons:
+            self._finished.labels(self._model, reason).inc()
+        if reasons:
+            self._answer_length.labels(self._model).observe(answer_tokens)
+
+    def wrote(self, tokens: int) -> None:
+        """Tokens of one request, answered or not."""
+        self._answer_tokens.labels(self._model).inc(tokens)
+
+    def broke(self) -> None:
+        """A stream ended early."""
+        self._broken.labels(self._model).inc()
+
+    def replayed(self) -> None:
+        """A call goes on in another replica."""
+        self._replays.labels(self._model).inc()
+
+    def exposition(self, reports: Sequence[LoadReport]) -> bytes:
+        """Everything, with the gauges of the replicas' reports."""
+        for gauge in (self._running, self._waiting, self._waiting_tokens, self._cache, self._speed):
+            gauge.clear()
+        self._replicas.labels(self._model).set(len(reports))
+        for index, report in enumerate(reports):
+            labels = (self._model, str(index))
+            self._running.labels(*labels).set(report.running)
+            self._waiting.labels(*labels).set(report.waiting)
+            self._waiting_tokens.labels(*labels).set(report.waiting_tokens)
+            self._cache.labels(*labels).set(report.running_tokens / max(1, report.capacity_tokens))
+            self._speed.labels(*labels).set(report.prompt_tokens_per_second)
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, text, ("model_name",), registry=self._registry, buckets=buckets)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        counter = Counter(name, text, ("model_name", *labels), registry=self._registry)
+        if not labels:
+            counter.labels(self._model)  # shown as 0 before it first counts
+        return counter
+
+    def _gauge(self, name: str, text: str, *, engine: bool = True) -> Gauge:
+        labels = ("model_name", "engine") if engine else ("model_name",)
+        return Gauge(name, text, labels, registry=self._registry)

@@ -1,0 +1,191 @@
+"""The generating side of a replica: from a call to the engine's requests, and from its events to pieces of answers.
+
+Guarantees: the prompts of a call are admitted together or refused together; whatever ends a call early (a client that
+goes away, a refusal of one of its prompts, an error) cancels the rest of it in the engine. An answer that another
+replica has begun goes on as if this one had written it: the tokens drawn are a function of the seed and the position.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+
+from actors.engine.engine import Engine
+from actors.engine.request import Request, TokenEvent
+from actors.engine.seq2seq import Seq2SeqEngine
+from actors.engine.stream import AsyncEngine
+from configs.errors import GanymedeError, RequestError
+from serving.calls import Call, Conversation, Piece, Prompt, Refusal
+from serving.transcript import Transcript
+
+
+class Writer:
+    """Answers calls for text over one engine.
+
+    Args of the constructor:
+        engine: a decoder or an encoder-decoder.
+        running: the same, behind asyncio.
+        digest: of the model; every piece carries it.
+        most_answers: that one call may ask for.
+    """
+
+    def __init__(
+        self,
+        engine: Engine | Seq2SeqEngine,
+        running: AsyncEngine[Request, TokenEvent],
+        *,
+        digest: str,
+        most_answers: int,
+    ) -> None:
+        self._text = engine.text
+        self._structures = engine.structures
+        self._context_length = engine.context_length
+        self._reads_source = isinstance(engine, Seq2SeqEngine)
+        self._running = running
+        self._digest = digest
+        self._most_answers = most_answers
+
+    async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
+        """The answers, in batches: pieces that have come since the last one, or all of them whole."""
+        parts: dict[int, list[Piece]] = {}
+        try:
+            self._check(call)
+            if call.sampling.structure is not None:
+                # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
+                await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
+            requests = self._requests(call)
+            transcripts = {index: self._transcript(call, index, request) for index, request in requests.items()}
+            async with aclosing(self._events(requests)) as batches:
+                async for batch in batches:
+                    pieces = [transcripts[index].piece(event) for index, event in batch]
+                    if not call.whole:
+                        yield pieces
+                        continue
+                    for piece in pieces:
+                        parts.setdefault(piece.index, []).append(piece)
+        except GanymedeError as error:
+            yield Refusal.of(error)
+        except _ContextExceededError as error:
+            yield error.refusal
+        else:
+            if call.whole:
+                yield [Piece.joined(pieces) for _, pieces in sorted(parts.items())]
+
+    def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """What the model reads for a prompt. Raises `RequestError` for a conversation that it has no template for."""
+        if isinstance(prompt, Conversation):
+            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
+            return tuple(self._text.render_chat(messages, add_generation_prompt=True))
+        if isinstance(prompt, str):
+            return self._text.encode_input(prompt).token_ids if self._reads_source else tuple(self._text.encode(prompt))
+        return prompt
+
+    async def _events(self, requests: Mapping[int, Request]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
+        """The engine's events of several requests, merged; raises the first error of any of them."""
+        arrived: asyncio.Queue[tuple[int, TokenEvent] | BaseException] = asyncio.Queue()
+
+        async def pump(index: int, request: Request) -> None:
+            try:
+                async for event in self._running.stream(request):
+                    arrived.put_nowait((index, event))
+            except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
+                arrived.put_nowait(error)
+
+        tasks = [asyncio.create_task(pump(index, request)) for index, request in requests.items()]
+        try:
+            running = len(tasks)
+            while running:
+                batch: list[tuple[int, TokenEvent]] = []
+                while not (batch and arrived.empty()):
+                    item = await arrived.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    batch.append(item)
+                    running -= item[1].finish_reason is not None
+                yield batch
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _check(self, call: Call) -> None:
+        """Raises `RequestError` for what this kind of model, or no model, does."""
+        if len(call.prompts) * call.choices > self._most_answers:
+            raise RequestError(
+                "too many answers asked for in one request",
+                param="prompt" if call.choices == 1 else "n",
+                received=f"{len(call.prompts)} prompts, n {call.choices}",
+                allowed=f"at most {self._most_answers} answers",
+                next_step="ask for them in several requests",
+            )
+        if call.echo and self._reads_source:
+            raise RequestError(
+                "an encoder-decoder's answer does not continue its prompt, which cannot be echoed",
+                param="echo",
+                allowed="echo: false",
+            )
+
+    def _requests(self, call: Call) -> dict[int, Request]:
+        """The engine's requests by index: all choices of the first prompt, then of the next, those left out that have
+        ended. Raises `RequestError` for what the model cannot take.
+        """
+        requests: list[Request] = []
+        for index, (prompt, seed) in enumerate(zip(call.prompts, call.seeds, strict=True)):
+            ids = self.token_ids(prompt)
+            limit = self._limit(call, len(ids), "messages" if isinstance(prompt, Conversation) else "prompt")
+            if call.sampling.min_tokens > limit:
+                raise RequestError(
+                    "min_tokens is more than there is room for",
+                    param="min_tokens",
+                    received=call.sampling.min_tokens,
+                    allowed=f"at most {limit}",
+                )
+            sampling = call.sampling.model_copy(update={"max_new_tokens": limit, "seed": seed})
+            requests += Request(f"{call.id}-{index}", ids, sampling).choices(call.choices)
+        if call.begun is None:
+            return dict(enumerate(requests))
+        return {
+            index: _continued(request, given)
+            for index, (request, given) in enumerate(zip(requests, call.begun, strict=True))
+            if given is not None
+        }
+
+    def _transcript(self, call: Call, index: int, request: Request) -> Transcript:
+        prompt = call.prompts[index // call.choices]
+        echo = None
+        if call.echo:
+            echo = prompt if isinstance(prompt, str) else self._text.decode(request.prompt_ids)
+        return Transcript(index, request, self._text, self._digest, echo=echo, report_sampling=call.report_sampling)
+
+    def _limit(self, call: Call, prompt_tokens: int, param: str) -> int:
+        """Tokens to generate at most: what is asked for, as far as the context window has room."""
+        room = self._context_length - prompt_tokens
+        if room < (call.max_new_tokens != 0 and not self._reads_source):
+            raise _ContextExceededError(prompt_tokens, self._context_length, param)
+        if self._reads_source:  # the target has a window of its own
+            room = self._context_length
+        return room if call.max_new_tokens is None else min(call.max_new_tokens, room)
+
+
+def _continued(request: Request, given: tuple[int, ...]) -> Request:
+    """A request whose answer has begun with the tokens `given`; the scores of its prompt were given out then."""
+    if not given:
+        return request
+    sampling = request.sampling.model_copy(update={"prompt_logprobs": None})
+    return replace(request, sampling=sampling, generated=given)
+
+
+class _ContextExceededError(Exception):
+    """A prompt that leaves no room in the context window; carries the code that OpenAI clients look for."""
+
+    def __init__(self, tokens: int, context_length: int, param: str) -> None:
+        super().__init__(tokens, context_length, param)
+        self.refusal = Refusal(
+            400,
+            f"the prompt does not fit this model's context window; received {tokens} tokens; "
+            f"allowed: at most {context_length - 1}, which leaves room for one more; next: shorten the {param}",
+            "context_length_exceeded",
+            param,
+        )
