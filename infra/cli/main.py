@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from infra.cli import artifacts, corpus, doctor, generate, jobs, platform, run
+from infra.cli import artifacts, corpus, doctor, generate, inspect, jobs, platform, run
 from infra.cli.output import err, show_error, wants
 from infra.local import quiet_environment
 
@@ -66,6 +66,7 @@ app.command("submit")(jobs.submit)
 app.command("doctor")(doctor.doctor)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(corpus.app, name="corpus")
+app.add_typer(inspect.app, name="inspect")
 app.add_typer(jobs.app, name="jobs")
 
 
