@@ -1,5 +1,5 @@
-"""Recipes and tasks from YAML: packaged ones by name, others by path, recipes with `--set` overrides, validated with
-errors people can act on.
+"""Recipes, tasks and prompt templates from YAML: packaged ones by name, others by path, recipes with `--set` overrides,
+validated with errors people can act on.
 
 Guarantees: a key written twice in one mapping is refused; scalars follow YAML 1.2 (`on`, `off`, `yes` and `no` are
 strings, `1e-3` is a number); whatever is wrong comes as one `ConfigError` that names the key path, what was received
@@ -20,9 +20,10 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
 from configs.schema.project import Recipe
+from configs.schema.prompting import PromptTemplate
 from configs.schema.tasks import Task
 
-_RECIPES, _TASKS = "recipes", "tasks"
+_RECIPES, _TASKS, _TEMPLATES = "recipes", "tasks", "templates"
 
 
 def packaged_recipes() -> list[str]:
@@ -33,6 +34,11 @@ def packaged_recipes() -> list[str]:
 def packaged_tasks() -> list[str]:
     """Names of the evaluation tasks that come with Ganymede."""
     return _packaged(_TASKS)
+
+
+def packaged_templates() -> list[str]:
+    """Names of the prompt templates that come with Ganymede."""
+    return _packaged(_TEMPLATES)
 
 
 def _packaged(folder: str) -> list[str]:
@@ -74,6 +80,22 @@ def load_task(name_or_path: str) -> Task:
         return Task.model_validate(data)
     except ValidationError as error:
         raise _explained(error, label, Task, "correct the task's file") from error
+
+
+def load_template(name_or_path: str) -> PromptTemplate:
+    """The prompt template called `name_or_path`: a packaged one by name, any other by its path. Its name is the file's.
+
+    Raises:
+        ConfigError: there is no such template, it is not YAML, or a value is not allowed.
+    """
+    text, label = _read(name_or_path, _TEMPLATES)
+    data = _parse(text, label)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{label}: a template is a mapping", received=_shown(data), allowed="keys prompt ...")
+    try:
+        return PromptTemplate.model_validate({"name": Path(name_or_path).stem, **data})
+    except ValidationError as error:
+        raise _explained(error, label, PromptTemplate, "correct the template's file") from error
 
 
 def _read(name_or_path: str, folder: str) -> tuple[str, str]:
@@ -210,7 +232,7 @@ def _problem(item: dict[str, Any], root: type[BaseModel]) -> tuple[str, Any, str
     """What is wrong, what was received and what is allowed, for one pydantic error."""
     path, holder = _walk(item["loc"], root)
     kind, context = item["type"], item.get("ctx", {})
-    key = ".".join(path) or f"the {root.__name__.lower()}"
+    key = ".".join(path) or f"the {(root.model_config.get('title') or root.__name__).lower()}"
     if kind == "extra_forbidden":
         known = sorted(field.alias or name for name, field in holder.model_fields.items()) if holder else []
         return f"{key}: unknown key{suggestion(path[-1], known)}", _shown(item["input"]), f"keys {', '.join(known)}"
