@@ -133,7 +133,9 @@ class Task(Config):
     choices: tuple[str, ...] | str = ()
     """Answers to choose from: templates, or the name of the field that holds a list of them."""
     answer: str | None = None
-    """Template of the right answer. Of choices it is the text of one, or else its number from 0."""
+    """Template of the right answer; of choices, the text of one."""
+    label: str | None = None
+    """Name of the field with the number of the right choice, from 0, instead of `answer`."""
     references: str | None = None
     """Name of a field with several right answers: a list, of texts or of records (`answers.text`); unset: `answer`."""
     method: Literal["likelihood", "generate"] = "likelihood"
@@ -173,8 +175,12 @@ class Task(Config):
             raise ValueError(f"kind {self.kind} {'needs choices' if chooses else 'has no choices'}")
         if self.kind == "classification" and not all(isinstance(c, str) and "{" not in c for c in self._fixed()):
             raise ValueError("classes are the same for every item: give choices as a list of plain texts")
-        if (chooses or self.kind == "generation") and self.answer is None and self.references is None:
-            raise ValueError(f"kind {self.kind} needs answer, the template of what is right")
+        if chooses and (self.answer is None) == (self.label is None):
+            raise ValueError(f"kind {self.kind} needs answer, the text of the right choice, or label, a field's name")
+        if not chooses and self.label is not None:
+            raise ValueError("label is the number of a choice: give answer")
+        if self.kind == "generation" and self.answer is None and self.references is None:
+            raise ValueError("kind generation needs answer, the template of what is right")
         if chooses and self.references is not None:
             raise ValueError("references are for kind generation; of choices one is right: give answer")
         if self.kind == "entities" and self.data.format != "conll":

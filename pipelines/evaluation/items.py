@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from configs.errors import DataError
 from configs.schema.corpus import SourceConfig
 from configs.schema.tasks import Split, Task, TaskData, fill, look_up
-from pipelines.corpus.sources import list_source
+from pipelines.corpus.sources import Listing, list_source
 
 SplitName = Literal["evaluation", "train"]
 Record = dict[str, Any]
@@ -59,7 +59,7 @@ def split_digest(data: TaskData, split: SplitName) -> str:
     Raises:
         DataError: they are not there.
     """
-    digests = {name: list_source(source).digest for name, source in _sources(data, split).items()}
+    digests = {name: _listing(data, source).digest for name, source in _sources(data, split).items()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
@@ -112,22 +112,25 @@ def _item(task: Task, name: str, record: Record) -> Item:
         references = tuple(dict.fromkeys((*references, *found)))
     label = None
     if choices:
-        label = _label(references[0], choices, name)
+        label = _right(task, record, references, choices, name)
         references = (choices[label],)
     return Item(name, record, fill(task.prompt, record), choices, label, references)
 
 
-def _label(answer: str, choices: Sequence[str], name: str) -> int:
-    if answer in choices:
-        return choices.index(answer)
-    if answer.isdecimal() and int(answer) < len(choices):
-        return int(answer)
+def _right(task: Task, record: Record, references: Sequence[str], choices: Sequence[str], name: str) -> int:
+    """Number of the right choice."""
+    if task.label is None:
+        said, allowed = references[0], ", ".join(map(repr, choices))
+        if said in choices:
+            return choices.index(said)
+    else:
+        said, allowed = str(look_up(task.label, record)), f"a number from 0 to {len(choices) - 1}"
+        if said.isdecimal() and int(said) < len(choices):
+            return int(said)
     raise DataError(
-        f"the right answer of item {name} is none of its choices",
-        received=answer,
-        allowed=f"{', '.join(map(repr, choices))}, or a number from 0 to {len(choices) - 1}",
-        next_step="correct the task's answer or choices",
-    )
+        f"the right answer of item {name} is none of its choices", received=said, allowed=allowed,
+        next_step="correct the task's answer, label or choices",
+    )  # fmt: skip
 
 
 def _split_of(data: TaskData, split: SplitName) -> Split:
@@ -179,14 +182,18 @@ def _within(record: Record, field: str, low: float, high: float) -> bool:
         ) from None
 
 
-def _read(data: TaskData, source: SourceConfig) -> Iterator[Record]:
+def _listing(data: TaskData, source: SourceConfig) -> Listing:
     try:
-        listing = list_source(source)
+        return list_source(source)
     except DataError as error:
         raise DataError(
             f"the task's data is not there: {error.what}", received=source.path, allowed=error.allowed,
             next_step=f"get {data.get}",
         ) from error  # fmt: skip
+
+
+def _read(data: TaskData, source: SourceConfig) -> Iterator[Record]:
+    listing = _listing(data, source)
     for file in listing.files:
         content = listing.read(file)
         try:

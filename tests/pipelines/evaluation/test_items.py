@@ -122,7 +122,7 @@ def test_conll_parquet_and_text_are_read(tmp_path: Path) -> None:
     (question,) = items(
         tmp_path,
         {
-            "kind": "multiple_choice", "prompt": "{q} =", "choices": "options", "answer": "{right}",
+            "kind": "multiple_choice", "prompt": "{q} =", "choices": "options", "label": "right",
             "data": {"format": "parquet", "evaluation": f"{tmp_path}/a.parquet"},
         },
     )  # fmt: skip
@@ -136,8 +136,11 @@ def test_conll_parquet_and_text_are_read(tmp_path: Path) -> None:
 def test_a_missing_field_and_a_wrong_choice_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("fine\tmaybe\n")
     data = {"format": "tsv", "columns": ["text", "label"], "evaluation": f"{tmp_path}/a.tsv"}
-    classify = {"kind": "classification", "choices": ["no", "yes"], "answer": "{label}", "data": data}
+    classify = {"kind": "classification", "choices": ["no", "yes"], "label": "label", "data": data}
     with pytest.raises(DataError, match="none of its choices"):
+        items(tmp_path, classify)
+    classify = {"kind": "classification", "choices": ["no", "yes"], "answer": "{label}", "data": data}
+    with pytest.raises(DataError, match=r"none of its choices.*'maybe'.*'no', 'yes'"):
         items(tmp_path, classify)
     with pytest.raises(DataError, match=r"no field.*'body'") as error:
         items(tmp_path, {**classify, "answer": "no", "prompt": "{body}"})
