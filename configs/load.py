@@ -1,5 +1,5 @@
-"""Recipes from YAML: packaged ones by name, others by path, with `--set` overrides, validated with errors people can
-act on.
+"""Recipes, tasks and prompt templates from YAML: packaged ones by name, others by path, recipes with `--set` overrides,
+validated with errors people can act on.
 
 Guarantees: a key written twice in one mapping is refused; scalars follow YAML 1.2 (`on`, `off`, `yes` and `no` are
 strings, `1e-3` is a number); whatever is wrong comes as one `ConfigError` that names the key path, what was received
@@ -20,12 +20,30 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
 from configs.schema.project import Recipe
+from configs.schema.prompting import PromptTemplate
+from configs.schema.tasks import Task
+
+_RECIPES, _TASKS, _TEMPLATES = "recipes", "tasks", "templates"
 
 
 def packaged_recipes() -> list[str]:
     """Names of the recipes that come with Ganymede."""
-    folder = resources.files("configs") / "recipes"
-    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return _packaged(_RECIPES)
+
+
+def packaged_tasks() -> list[str]:
+    """Names of the evaluation tasks that come with Ganymede."""
+    return _packaged(_TASKS)
+
+
+def packaged_templates() -> list[str]:
+    """Names of the prompt templates that come with Ganymede."""
+    return _packaged(_TEMPLATES)
+
+
+def _packaged(folder: str) -> list[str]:
+    found = resources.files("configs") / folder
+    return sorted(Path(item.name).stem for item in found.iterdir() if item.name.endswith(".yaml"))
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -36,7 +54,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: there is no such recipe, it is not YAML, an override does not apply, or a value is not allowed.
     """
-    text, label = _read(name_or_path)
+    text, label = _read(name_or_path, _RECIPES)
     data = _parse(text, label)
     if not isinstance(data, dict):
         raise ConfigError(f"{label}: a recipe is a mapping", received=_shown(data), allowed="keys name and stages")
@@ -45,28 +63,61 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, label) from error
+        raise _explained(error, label, Recipe, "correct the recipe or the --set option") from error
 
 
-def _read(name_or_path: str) -> tuple[str, str]:
+def load_task(name_or_path: str) -> Task:
+    """The evaluation task called `name_or_path`: a packaged one by name, any other by its path.
+
+    Raises:
+        ConfigError: there is no such task, it is not YAML, or a value is not allowed.
+    """
+    text, label = _read(name_or_path, _TASKS)
+    data = _parse(text, label)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{label}: a task is a mapping", received=_shown(data), allowed="keys kind, data, prompt ...")
+    try:
+        return Task.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, label, Task, "correct the task's file") from error
+
+
+def load_template(name_or_path: str) -> PromptTemplate:
+    """The prompt template called `name_or_path`: a packaged one by name, any other by its path. Its name is the file's.
+
+    Raises:
+        ConfigError: there is no such template, it is not YAML, or a value is not allowed.
+    """
+    text, label = _read(name_or_path, _TEMPLATES)
+    data = _parse(text, label)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{label}: a template is a mapping", received=_shown(data), allowed="keys prompt ...")
+    try:
+        return PromptTemplate.model_validate({"name": Path(name_or_path).stem, **data})
+    except ValidationError as error:
+        raise _explained(error, label, PromptTemplate, "correct the template's file") from error
+
+
+def _read(name_or_path: str, folder: str) -> tuple[str, str]:
     path = Path(name_or_path)
+    what = folder.removesuffix("s")
     if path.suffix not in {".yaml", ".yml"} and path.name == name_or_path:
-        known = packaged_recipes()
+        known = _packaged(folder)
         if name_or_path not in known:
             raise ConfigError(
-                f"there is no packaged recipe of this name{suggestion(name_or_path, known)}",
+                f"there is no packaged {what} of this name{suggestion(name_or_path, known)}",
                 received=name_or_path,
                 allowed=f"one of {', '.join(known)}, or the path of a .yaml file",
             )
-        return (resources.files("configs") / "recipes" / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
+        return (resources.files("configs") / folder / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
     try:
         return path.read_text("utf-8"), name_or_path
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(
-            f"the recipe cannot be read: {reason}",
+            f"the {what} cannot be read: {reason}",
             received=name_or_path,
-            allowed=f"a YAML file, or one of the packaged recipes: {', '.join(packaged_recipes())}",
+            allowed=f"a YAML file, or one of the packaged {folder}: {', '.join(_packaged(folder))}",
         ) from error
 
 
@@ -163,28 +214,25 @@ def suggestion(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _explained(error: ValidationError, label: str) -> ConfigError:
-    """One `ConfigError` for everything pydantic found."""
-    problems = [_problem(dict(item)) for item in error.errors(include_url=False)]
+def _explained(error: ValidationError, label: str, root: type[BaseModel], next_step: str) -> ConfigError:
+    """One `ConfigError` for everything pydantic found in a `root`."""
+    problems = [_problem(dict(item), root) for item in error.errors(include_url=False)]
     if len(problems) == 1:
         what, received, allowed = problems[0]
-        return ConfigError(f"{label}: {what}", received=received, allowed=allowed, next_step=_NEXT)
+        return ConfigError(f"{label}: {what}", received=received, allowed=allowed, next_step=next_step)
     lines = []
     for what, received, allowed in problems:
         details = [f"received {received!r}"] if received is not None else []
         details += [f"allowed: {allowed}"] if allowed is not None else []
         lines.append(f"  - {'; '.join([what, *details])}")
-    return ConfigError("\n".join([f"{label}: {len(problems)} problems", *lines]), next_step=_NEXT)
+    return ConfigError("\n".join([f"{label}: {len(problems)} problems", *lines]), next_step=next_step)
 
 
-_NEXT = "correct the recipe or the --set option"
-
-
-def _problem(item: dict[str, Any]) -> tuple[str, Any, str | None]:
+def _problem(item: dict[str, Any], root: type[BaseModel]) -> tuple[str, Any, str | None]:
     """What is wrong, what was received and what is allowed, for one pydantic error."""
-    path, holder = _walk(item["loc"])
+    path, holder = _walk(item["loc"], root)
     kind, context = item["type"], item.get("ctx", {})
-    key = ".".join(path) or "the recipe"
+    key = ".".join(path) or f"the {(root.model_config.get('title') or root.__name__).lower()}"
     if kind == "extra_forbidden":
         known = sorted(field.alias or name for name, field in holder.model_fields.items()) if holder else []
         return f"{key}: unknown key{suggestion(path[-1], known)}", _shown(item["input"]), f"keys {', '.join(known)}"
@@ -199,10 +247,10 @@ def _problem(item: dict[str, Any]) -> tuple[str, Any, str | None]:
     return key, _shown(item["input"]), message
 
 
-def _walk(location: Sequence[int | str]) -> tuple[list[str], type[BaseModel] | None]:
+def _walk(location: Sequence[int | str], root: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
     """The key path of a pydantic location, without the tags of unions, and the model that holds the last key."""
     path: list[str] = []
-    at: Any = Recipe
+    at: Any = root
     holder: type[BaseModel] | None = None
     for part in location:
         if part == "[key]":

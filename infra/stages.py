@@ -21,6 +21,7 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "pretrain": ("pipelines.stages.pretrain", "PretrainStage"),
     "finetune": ("pipelines.stages.finetune", "FinetuneStage"),
     "evaluate": ("pipelines.stages.evaluate", "EvaluateStage"),
+    "tasks": ("pipelines.stages.tasks", "TasksStage"),
     "compare": ("pipelines.stages.compare", "CompareStage"),
     "register": ("pipelines.stages.register", "RegisterStage"),
     "deploy": ("infra.deploy", "DeployStage"),

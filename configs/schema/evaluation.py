@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from configs.schema.base import Config, Input
+from configs.schema.base import Config, Input, InputMarker, placement
+from configs.schema.model import is_folder
 
 Metric = Literal["rouge_l", "chrf"]
 """Scores from 0 to 100: ROUGE-L of the summaries, chrF of the signatures."""
@@ -59,3 +60,50 @@ class RegisterConfig(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """Name in the registry."""
     gate: GateConfig
+
+
+def stands_alone(model: str) -> bool:
+    """Whether a model to evaluate is no stage or artifact, but a folder or a model of an endpoint."""
+    return is_folder(model) or is_endpoint(model)
+
+
+def is_endpoint(model: str) -> bool:
+    """Whether a model to evaluate is `http(s)://HOST/v1#NAME`."""
+    return model.startswith(("http://", "https://"))
+
+
+class TasksConfig(Config):
+    """Stage `tasks`: models scored on tasks, each in a YAML file of its own. `ganymede evaluate` runs this stage."""
+
+    kind: Literal["tasks"] = "tasks"
+    models: Annotated[
+        dict[
+            Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")],
+            Annotated[str, InputMarker(unless=stands_alone), Field(min_length=1)],
+        ],
+        Field(min_length=1),
+    ]
+    """Label in the report to model: a stage, an artifact, a folder (beginning with `/`, `.` or `~`), or a model of an
+    OpenAI-compatible endpoint (`http://127.0.0.1:8000/v1#NAME`)."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = placement(...)
+    """Packaged tasks by name, others by the path of their file."""
+    shots: Annotated[int, Field(ge=0, le=64)] = 0
+    """Examples before each prompt, the same for all, drawn from the task's training split."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    """Decides which examples are drawn."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Items of each task that are asked, the first ones by the hash of their content; all unless set."""
+    chat: bool = False
+    """Prompts are what a user says under the model's chat template."""
+    max_sequences: Annotated[int, Field(ge=1)] = 32
+    """Answers generated together. It counts as content, as it does for the stage `evaluate`."""
+    parallel: Annotated[int, Field(ge=1, le=256)] = placement(8)
+    """Requests in flight to an endpoint."""
+
+    @field_validator("models")
+    @classmethod
+    def _endpoints_name_a_model(cls, models: dict[str, str]) -> dict[str, str]:
+        for label, model in models.items():
+            if is_endpoint(model) and not model.partition("#")[2]:
+                raise ValueError(f"models.{label} names no model of the endpoint: write {model}#NAME")
+        return models

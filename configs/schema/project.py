@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from configs.schema.base import Config, references
 from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
-from configs.schema.evaluation import EvaluateConfig, RegisterConfig
+from configs.schema.evaluation import EvaluateConfig, RegisterConfig, TasksConfig
 from configs.schema.examples import BaselineConfig, ExamplesConfig
 from configs.schema.serving import DeployConfig
 from configs.schema.training import FinetuneConfig, PretrainConfig
@@ -25,6 +25,7 @@ StageConfig = Annotated[
     | PretrainConfig
     | FinetuneConfig
     | EvaluateConfig
+    | TasksConfig
     | CompareConfig
     | RegisterConfig
     | DeployConfig,

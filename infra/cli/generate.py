@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infra.cli.models import MODEL_HELP, find_model_folder
 from infra.cli.output import Debug, Json, err, print_json
 from infra.local import route_logs, state_home
 
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="NAME@ALIAS of the registry, model/NAME@VERSION, or a folder.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a user of the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most.")] = 64,
@@ -43,8 +41,8 @@ def generate(
         from actors.engine.engine import Engine
         from actors.engine.request import Request
 
-        folder, ref, digest = _find(model, home)
-        engine = Engine.load(folder, max_sequences=1)
+        found = find_model_folder(model, home)
+        engine = Engine.load(found.folder, max_sequences=1)
     messages = [{"role": "user", "content": text}]
     ids = engine.text.render_chat(messages) if chat else engine.text.encode(text)
     began = time.monotonic()
@@ -54,8 +52,8 @@ def generate(
         return
     print_json(
         {
-            "model": ref or str(folder),
-            "digest": digest,
+            "model": found.name,
+            "digest": found.digest,
             "text": completion.text,
             "finish_reason": completion.finish_reason,
             "prompt_tokens": completion.prompt_tokens,
@@ -63,18 +61,6 @@ def generate(
             "tokens_per_second": round(len(completion.token_ids) / seconds, 1),
         }
     )
-
-
-def _find(model: str, home: Path) -> tuple[Path, str | None, str | None]:
-    """The folder of the model that is named, and its artifact and digest unless a folder was named."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, None, None
-    from actors.store.artifacts import ArtifactStore
-    from infra.deploy import find_model
-
-    found = find_model(model, ArtifactStore(home / "artifacts"), home)
-    return Path(found.folder), found.ref, found.digest
 
 
 def _sampling(values: dict[str, object]) -> Sampling:

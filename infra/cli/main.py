@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from infra.cli import artifacts, corpus, doctor, generate, jobs, keys, platform, run
+from infra.cli import artifacts, corpus, doctor, evaluate, generate, inspect, jobs, keys, platform, prompt, run
 from infra.cli.output import err, show_error, wants
 from infra.local import quiet_environment
 
@@ -58,6 +58,8 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 app.command("up")(platform.up)
 app.command("status")(platform.status)
 app.command("down")(platform.down)
@@ -66,6 +68,8 @@ app.command("submit")(jobs.submit)
 app.command("doctor")(doctor.doctor)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(corpus.app, name="corpus")
+app.add_typer(inspect.app, name="inspect")
+app.add_typer(prompt.app, name="prompt")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
 

@@ -28,6 +28,7 @@ _SHOWN = {
     "MB/s": "MB/s",
     "megabytes_per_second": "MB/s",
     "pairs": "pairs",
+    "score": "score",
 }
 """Figures with room in a line, and what they are called there; all of them go to the tracker."""
 

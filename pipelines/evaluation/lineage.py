@@ -7,6 +7,7 @@ hold some. A corpus that was never checked against the set is no reason to refus
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -15,6 +16,9 @@ from configs.artifacts import Manifest, Ref
 from configs.errors import ArtifactError, DataError
 from pipelines.corpus.contamination import HELD_OUT, held_out_pairs, set_digest
 from pipelines.corpus.shards import CorpusIndex
+from pipelines.evaluation.items import Item
+
+_REPEATED = 0.01
 
 Known = Literal["clean", "not checked", "removed"]
 """What is known of a corpus and a set: checked and without overlap; nothing; the corpus is no longer in the store."""
@@ -70,3 +74,49 @@ def _check(model: str, corpus: Artifact, data: Artifact, wanted: str) -> Known:
                 next_step="set contamination.action of the corpus to drop and train again, or score it on other data",
             )
     return "clean" if checked else "not checked"
+
+
+def check_items(label: str, model: Artifact, store: ArtifactStore, task: str, items: Sequence[Item]) -> dict[str, str]:
+    """What is known, by dataset in a model's lineage, of the task's items among its training examples.
+
+    An item counts as learned if its longest text is a text of a training example, case and blanks aside. Up to
+    one item in a hundred may be: sets repeat themselves; such items are named in the report.
+
+    Raises:
+        DataError: the model learned from the set.
+    """
+    found: dict[str, str] = {}
+    strings = [[value for value in item.fields.values() if isinstance(value, str)] for item in items]
+    texts = [_normal(max(own, key=len, default="")) for own in strings]
+    for ref, _, manifest in ancestors([model.manifest], store):
+        if Ref.parse(ref).kind != "dataset":
+            continue
+        if manifest is None:
+            found[ref] = "removed"
+            continue
+        learned = _training_texts(store.get(ref, verify=False))
+        known = sum(text in learned for text in texts)
+        if known > len(items) * _REPEATED:
+            raise DataError(
+                f"models.{label} may not be scored on {task}: it learned from {ref}, which holds its items",
+                received=f"{known} of {len(items)} items are training examples",
+                allowed="a task whose items the model has not learned from",
+                next_step="score it on other data, or train it without them",
+            )
+        found[ref] = "clean" if not known else f"{known} of {len(items)} items are training examples"
+    return found
+
+
+def _training_texts(dataset: Artifact) -> set[str]:
+    path = dataset.path / "train.jsonl"
+    if not path.is_file():
+        return set()
+    with path.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    texts = {" ".join(record["words"]) if "words" in record else "" for record in records}
+    texts |= {str(value) for record in records for key, value in record.items() if key in ("text", "prompt")}
+    return {_normal(text) for text in texts} - {""}
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.casefold().split())

@@ -1,7 +1,7 @@
 """Scores of answers, and how sure they are.
 
 ROUGE-L and chrF come from the packages that published numbers are made with, from 0 to 100 for one answer; the score
-of a model is the mean over its answers, with a percentile bootstrap interval (Efron, "Bootstrap Methods", 1979).
+of a model is the mean over its answers, with a bootstrap interval.
 """
 
 from __future__ import annotations
@@ -12,37 +12,30 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
 from configs.schema.evaluation import Metric
+from pipelines.evaluation.resampling import Estimate, estimate
 
-_RESAMPLES = 2000
-_SEED = 20240229
-_CONFIDENCE = 0.95
 _DECIMALS = 4
 """Fewer than the digits that the order of a floating-point sum can change."""
 
 
-class Interval(BaseModel):
-    """A mean with its 95 % confidence interval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: float
-    low: float
-    high: float
-
-
 @functools.cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=False)
+def _rouge(kind: str) -> RougeScorer:
+    return RougeScorer([kind], use_stemmer=False)
+
+
+def rouge(kind: str, reference: str, answer: str) -> float:
+    """F1 of `rouge1` or `rouge2` (words, pairs of them) or `rougeL` (the longest common subsequence) over lower-case
+    words (Lin, 2004), 0 to 100."""
+    return 100.0 * float(_rouge(kind).score(reference, answer)[kind].fmeasure)
 
 
 def rouge_l(reference: str, answer: str) -> float:
-    """F1 over the longest common subsequence of lower-case words (Lin, 2004), 0 to 100."""
-    return 100.0 * float(_rouge().score(reference, answer)["rougeL"].fmeasure)
+    """The F1 of the longest common subsequence."""
+    return rouge("rougeL", reference, answer)
 
 
 def chrf(reference: str, answer: str) -> float:
@@ -64,13 +57,9 @@ def signatures() -> dict[Metric, str]:
     }
 
 
-def mean_with_interval(values: Sequence[float]) -> Interval:
-    """The mean of at least one value, with the interval that resampling the values with a fixed seed gives."""
-    sample = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(_SEED).integers(0, len(sample), size=(_RESAMPLES, len(sample)))
-    tail = (1 - _CONFIDENCE) / 2
-    low, high = np.quantile(sample[drawn].mean(axis=1), [tail, 1 - tail])
-    return Interval(value=_round(sample.mean()), low=_round(low), high=_round(high))
+def mean_with_interval(values: Sequence[float]) -> Estimate:
+    """The mean of at least one value, with the interval that resampling the values gives."""
+    return estimate(np.column_stack([values, np.ones(len(values))]), lambda total: float(total[0] / total[1]))
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from configs.errors import CorruptArtifactError
 from configs.schema.evaluation import Metric
 from pipelines.corpus.instructions import Task
-from pipelines.evaluation.metrics import Interval
+from pipelines.evaluation.resampling import Estimate
 
 REPORT = "report.json"
 _TITLES: Mapping[Metric, str] = {"rouge_l": "summaries\n(ROUGE-L)", "chrf": "signatures\n(chrF)"}
@@ -30,7 +30,7 @@ class ModelScores(_Record):
     digest: str
     """Of the model artifact."""
     bits_per_byte: float
-    scores: dict[Metric, Interval]
+    scores: dict[Metric, Estimate]
     """0 to 100; the mean over the answers of the metric's task."""
 
 

@@ -29,7 +29,7 @@ class EvaluateStage:
 
     kind: ClassVar[str] = "evaluate"
     artifact_kind: ClassVar[str | None] = "report"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: EvaluateConfig) -> Mapping[str, str]:
         """All data comes from artifacts."""

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from configs.errors import ConfigError, CorruptArtifactError
 from configs.schema.evaluation import GateConfig
 from pipelines.evaluation.gate import gate
-from pipelines.evaluation.metrics import Interval
 from pipelines.evaluation.report import ModelScores, Report, scores_picture
+from pipelines.evaluation.resampling import Estimate
 
 
 def _report(**models: tuple[float, float]) -> Report:
-    def interval(value: float) -> Interval:
-        return Interval(value=value, low=value - 1, high=value + 1)
+    def interval(value: float) -> Estimate:
+        return Estimate(value=value, low=value - 1, high=value + 1)
 
     return Report(
         rows=4,

@@ -1,0 +1,92 @@
+"""Two models on the same items: what got better, what got worse, and what is noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from configs.errors import ConfigError, DataError
+from pipelines.evaluation.asking import Row, read_rows
+from pipelines.evaluation.resampling import Difference, compare
+from pipelines.evaluation.scoring import LOWER_IS_BETTER, combine, stack
+from pipelines.evaluation.task_report import ANSWERS, TasksReport
+
+
+class Comparison(BaseModel):
+    """One metric of one task, and the items that changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    metric: str
+    items: int
+    result: Difference
+    better: tuple[str, ...]
+    """Items that the second model answered better, by the headline metric."""
+    worse: tuple[str, ...]
+
+
+def compare_reports(first: Path, second: Path, labels: tuple[str | None, str | None]) -> list[Comparison]:
+    """Every metric of every task that both reports have.
+
+    Args:
+        first: folder of a report of tasks, like `second`.
+        labels: the model of each that is compared; None where a report has but one.
+
+    Raises:
+        ConfigError: a report has no such model, or several and none is named.
+        DataError: the reports share no task, or a task was not asked alike: other items, prompts or metrics.
+    """
+    reports = (TasksReport.load(first), TasksReport.load(second))
+    models = tuple(_model(report, label) for report, label in zip(reports, labels, strict=True))
+    shared = [task for task in reports[0].tasks if task in reports[1].tasks]
+    if not shared:
+        raise DataError(
+            "the reports share no task", received=f"{', '.join(reports[0].tasks)}; {', '.join(reports[1].tasks)}",
+            allowed="reports of the same tasks",
+        )  # fmt: skip
+    found: list[Comparison] = []
+    for task in shared:
+        facts, others = reports[0].tasks[task], reports[1].tasks[task]
+        if facts != others:
+            changed = [name for name, value in facts if value != getattr(others, name)]
+            raise DataError(
+                f"{task} was not asked alike, so that its scores do not compare",
+                received=", ".join(f"other {name}" for name in changed),
+                allowed="reports with the same task, data, limit, examples and template",
+                next_step="evaluate both models with the same command",
+            )
+        before, after = _rows(first, models[0], task), _rows(second, models[1], task)
+        found += [_comparison(task, metric, before, after) for metric in facts.metrics]
+    return found
+
+
+def _model(report: TasksReport, label: str | None) -> str:
+    if label is None and len(report.models) == 1:
+        return next(iter(report.models))
+    if label not in report.models:
+        raise ConfigError(
+            "a report of several models needs one of them" if label is None else "the report has no such model",
+            received=label, allowed=", ".join(report.models), next_step="write report/NAME@VERSION:MODEL",
+        )  # fmt: skip
+    return label
+
+
+def _rows(folder: Path, model: str, task: str) -> Mapping[str, Row]:
+    return {row.item: row for row in read_rows(folder / ANSWERS, model=model, task=task)}
+
+
+def _comparison(task: str, metric: str, before: Mapping[str, Row], after: Mapping[str, Row]) -> Comparison:
+    items = list(before)
+    first, second = (stack([rows[item].vectors for item in items], metric) for rows in (before, after))
+    gains = {item: after[item].goodness - before[item].goodness for item in items}
+    return Comparison(
+        task=task,
+        metric=metric,
+        items=len(items),
+        result=compare(first, second, combine(metric), lower_is_better=metric in LOWER_IS_BETTER),
+        better=tuple(item for item in items if gains[item] > 0),
+        worse=tuple(item for item in items if gains[item] < 0),
+    )

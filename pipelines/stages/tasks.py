@@ -1,0 +1,223 @@
+"""Stage `tasks`: models scored on tasks that are YAML files; `ganymede evaluate` is this stage for one model."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from actors.store.artifacts import Artifact
+from configs.artifacts import hash_json
+from configs.errors import ConfigError, DataError
+from configs.load import load_task
+from configs.schema.evaluation import TasksConfig, is_endpoint, stands_alone
+from configs.schema.tasks import Task
+from pipelines.evaluation.asking import Row, ask, write_rows
+from pipelines.evaluation.endpoints import Endpoint
+from pipelines.evaluation.items import Item, load_items, split_digest
+from pipelines.evaluation.lineage import check_items
+from pipelines.evaluation.local_models import LocalModel
+from pipelines.evaluation.page import render
+from pipelines.evaluation.responses import Responder
+from pipelines.evaluation.task_report import (
+    ANSWERS,
+    PAGE,
+    REPORT,
+    ModelReport,
+    Scores,
+    TaskFacts,
+    TasksReport,
+    running_score,
+    scores,
+    task_facts,
+)
+from pipelines.stage import Progress, StageContext
+from pipelines.training.models import folder_digest
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A task with what every model is asked of it."""
+
+    task: Task
+    facts: TaskFacts
+    items: list[Item]
+    examples: list[Item]
+
+
+class TasksStage:
+    """Publishes report.json, report.html and answers.parquet (every prompt, answer and score)."""
+
+    kind: ClassVar[str] = "tasks"
+    artifact_kind: ClassVar[str | None] = "report"
+    code_version: ClassVar[int] = 1
+
+    def sources(self, config: TasksConfig) -> Mapping[str, str]:
+        """Digests of the tasks with their data, and of the models that are no artifacts.
+
+        Raises:
+            ConfigError: two tasks have one name, or an endpoint has no such model.
+            DataError: a task's data is not there.
+            EngineError: an endpoint does not answer.
+        """
+        found = {f"tasks.{name}": _digest(task, config) for name, task in _tasks(config).items()}
+        for label, model in config.models.items():
+            if is_endpoint(model):
+                found[f"models.{label}"] = str(_endpoint(model, config).facts()["digest"])
+            elif stands_alone(model):
+                found[f"models.{label}"] = folder_digest(Path(model).expanduser())
+        return found
+
+    def run(self, config: TasksConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
+        """Asks one model after the other; answers that a killed run got are not asked for again.
+
+        Raises:
+            ConfigError: a model cannot do a task.
+            DataError: a task's data cannot be used, or a model learned from it.
+        """
+        asked = {name: _asked(task, config) for name, task in _tasks(config).items()}
+        artifacts = {label: inputs.get(f"models.{label}") for label in config.models}
+        known = {
+            (label, name): {} if artifact is None else check_items(label, artifact, context.store, name, one.items)
+            for label, artifact in artifacts.items()
+            for name, one in asked.items()
+        }
+        rows: dict[tuple[str, str], list[Row]] = {}
+        models: dict[str, ModelReport] = {}
+        speeds: dict[str, dict[str, float]] = {}
+        for label in config.models:
+            responder = _responder(config, label, artifacts[label])
+            results: dict[str, Scores] = {}
+            for name, one in asked.items():
+                rows[label, name], speeds[f"{label}/{name}"] = _ask(responder, label, name, one, context)
+                results[name] = scores(one.task, rows[label, name], known[label, name])
+            models[label] = ModelReport(facts=responder.facts(), tasks=results)
+            del responder
+        report = TasksReport(tasks={name: one.facts for name, one in asked.items()}, models=models)
+        (context.out / REPORT).write_text(report.to_json(), encoding="utf-8")
+        (context.out / PAGE).write_text(render(report, rows), encoding="utf-8")
+        write_rows(context.out / ANSWERS, rows)
+        _track(report, rows, context)
+        return {
+            "models": {label: _figures(model) for label, model in models.items()},
+            "speed": speeds,
+        }
+
+
+def _tasks(config: TasksConfig) -> dict[str, Task]:
+    found: dict[str, Task] = {}
+    for reference in config.tasks:
+        name = Path(reference).stem
+        if name in found:
+            raise ConfigError(
+                "two tasks have one name in the report", received=name, allowed="files with names of their own"
+            )
+        found[name] = load_task(reference)
+    return found
+
+
+def _digest(task: Task, config: TasksConfig) -> str:
+    """Of everything that decides what is asked and how it is scored; not where the data is."""
+    content = task.model_dump(mode="json", exclude={"data": {"evaluation": {"path"}, "train": {"path"}, "get": True}})
+    digests = [split_digest(task.data, "evaluation")]
+    if config.shots:
+        digests.append(split_digest(task.data, "train"))
+    return hash_json([content, digests])
+
+
+def _asked(task: Task, config: TasksConfig) -> _Asked:
+    everything = load_items(task)
+    items = everything
+    if config.limit is not None:
+        first = {item.id for item in sorted(everything, key=lambda item: item.id)[: config.limit]}
+        items = [item for item in everything if item.id in first]
+    examples = _examples(task, everything, config)
+    facts = task_facts(
+        task, _digest(task, config), items=len(everything), asked=len(items), examples=[e.id for e in examples],
+        chat=config.chat,
+    )  # fmt: skip
+    return _Asked(task, facts, items, examples)
+
+
+def _examples(task: Task, scored: Sequence[Item], config: TasksConfig) -> list[Item]:
+    """Examples of the training split, drawn with the seed; none has the prompt of an item that is scored."""
+    if not config.shots or task.kind in ("language_modelling", "entities"):
+        return []
+    if not scored[0].references:
+        raise ConfigError(
+            "examples are shown with their answers, and the task says of none", received=f"{config.shots} shots",
+            allowed="a task with answer", next_step="add answer to the task's file, or ask for no shots",
+        )  # fmt: skip
+    prompts = {item.prompt for item in scored}
+    found = sorted((i for i in load_items(task, "train") if i.prompt not in prompts), key=lambda item: item.id)
+    if len(found) < config.shots:
+        raise DataError(
+            "the training split has too few examples", received=len(found), allowed=f"at least {config.shots}",
+            next_step="ask for fewer shots",
+        )  # fmt: skip
+    return random.Random(config.seed).sample(found, config.shots)
+
+
+def _endpoint(model: str, config: TasksConfig) -> Endpoint:
+    url, _, name = model.partition("#")
+    return Endpoint(url, name, chat=config.chat, parallel=config.parallel)
+
+
+def _responder(config: TasksConfig, label: str, artifact: Artifact | None) -> Responder:
+    model = config.models[label]
+    if artifact is None and is_endpoint(model):
+        return _endpoint(model, config)
+    folder = Path(model).expanduser().absolute() if artifact is None else artifact.path
+    return LocalModel.load(folder, max_sequences=config.max_sequences, chat=config.chat)
+
+
+def _ask(
+    responder: Responder, label: str, name: str, asked: _Asked, context: StageContext
+) -> tuple[list[Row], dict[str, float]]:
+    began = time.monotonic()
+    before: list[int] = []
+
+    def progress(rows: Sequence[Row]) -> None:
+        context.check_lease()
+        figures = {"score": running_score(asked.task, rows)} if rows else {}
+        before.append(len(rows))
+        context.progress(Progress(len(rows), len(asked.items), f"items of {name}", figures))
+
+    kept = context.work / "answers" / label / name
+    rows = ask(asked.task, asked.items, asked.examples, responder, kept, progress)
+    seconds = time.monotonic() - began
+    new = len(rows) - before[0]
+    tokens = sum(row.response.tokens for row in rows)
+    return rows, {"items_per_second": round(new / max(seconds, 1e-9), 2), "tokens": tokens, "asked_now": new}
+
+
+def _figures(model: ModelReport) -> dict[str, dict[str, float]]:
+    return {name: {metric: s.value for metric, s in one.scores.items()} for name, one in model.tasks.items()}
+
+
+def _track(report: TasksReport, rows: Mapping[tuple[str, str], Sequence[Row]], context: StageContext) -> None:
+    for name, facts in report.tasks.items():
+        context.run.log_dataset(
+            name=name, digest=facts.digest, uri=name, context="evaluation", profile={"items": facts.asked}
+        )
+    figures = {
+        f"{label}/{name}/{metric}".replace("@", "_at_"): score.value
+        for label, model in report.models.items()
+        for name, one in model.tasks.items()
+        for metric, score in one.scores.items()
+    }
+    context.run.log_metrics(figures, step=0)
+    context.run.log_file(context.out / PAGE)
+    context.run.log_file(context.out / REPORT)
+    table = [
+        {
+            "model": label, "task": name, "item": row.item, "prompt": row.prompt, "answer": row.prediction,
+            "reference": "\n".join(row.references), "score": row.goodness, "error": row.response.error or "",
+        }
+        for (label, name), made in rows.items()
+        for row in made
+    ]  # fmt: skip
+    context.run.log_table(table, "answers.json")
