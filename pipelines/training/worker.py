@@ -16,7 +16,7 @@ from configs import errors
 from configs.errors import GanymedeError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.hardware import Hardware
+from pipelines.training.hardware import Hardware, peak_memory_bytes
 from pipelines.training.loop import Hooks, Trainer
 from pipelines.training.metrics import FILE, MetricsFile
 from pipelines.training.objectives import Objective
@@ -25,6 +25,7 @@ from pipelines.training.parallel import Ranks
 CHECKPOINTS = "checkpoints"
 STOP = "stop"
 HARDWARE = "hardware.json"
+PEAK = "peak.json"
 _FAILURE = "failure.json"
 
 
@@ -33,7 +34,7 @@ class Task:
     """One training run, as it is sent to workers."""
 
     work: Path
-    """Folder that all workers share: checkpoints, metrics, hardware, stop flag, failure."""
+    """Folder that all workers share: checkpoints, metrics, hardware, peak memory, stop flag, failure."""
     config: TrainingConfig
     assemble: Callable[[], tuple[nn.Module, Objective[Any]]]
     """Builds model and objective on each worker; must give the same on all."""
@@ -69,6 +70,8 @@ def run(task: Task, ranks: Ranks, device: torch.device) -> None:
             ),
         )
         trainer.run()
+        if ranks.rank == 0:
+            write_durably(task.work / PEAK, json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}).encode())
     except GanymedeError as error:
         _leave_failure(task.work, error)
         if not isinstance(error, StageError):
