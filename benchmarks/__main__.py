@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("corpus", "engine")
+BENCHMARKS = ("corpus", "engine", "training")
 
 
 def main() -> int:

@@ -70,7 +70,9 @@ class TrainingConfig(Config):
     """Threads of a worker; decides content, as sums are rounded in their order."""
     use_gpu: bool = placement(False)
     max_failures: Annotated[int, Field(ge=0)] = placement(3)
-    """Times that dead workers are replaced before the stage fails."""
+    """Times that dead or hung workers are replaced before the stage fails."""
+    hang_seconds: Annotated[int, Field(ge=1)] = placement(600)
+    """A worker that the others have waited for this long is taken for hung."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = placement(None)
     """What the machines cost an hour, in any currency; the cost of the run is then told before it starts."""
 

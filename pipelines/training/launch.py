@@ -149,7 +149,9 @@ def _fit(task: Task, outcome: list[BaseException]) -> None:
         ray.train.torch.TorchTrainer(
             _work,
             train_loop_config={"task": task},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            torch_config=ray.train.torch.TorchConfig(
+                backend="nccl" if config.use_gpu else "gloo", timeout_s=config.hang_seconds
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
             ),
@@ -195,5 +197,7 @@ def _explained(error: BaseException, config: TrainingConfig) -> StageError:
     causes = "; ".join(f"worker {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in failures.items())
     return StageError(
         f"training workers failed more than max_failures = {config.max_failures} times: {causes or error}",
-        next_step="look at the worker's log (ray logs); run the same command to resume from the last checkpoint",
+        next_step="look at the worker's log (ray logs); if the system killed it for memory, lower "
+        f"training.micro_batch_rows (now {config.micro_batch_rows}); run the same command to resume from the last "
+        "checkpoint",
     )

@@ -39,7 +39,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run speaks to the world outside; only rank 0's `report` and `notice` are called."""
+    """How a run speaks to the world outside; `report`, `resumed` and `notice` are called on rank 0 alone."""
 
     report: Callable[[Mapping[str, float]], None]
     """Takes the figures of a step, `step` among them."""
@@ -47,6 +47,8 @@ class Hooks:
     """Called once, before the first step, with the number of steps that are already done."""
     notice: Callable[[str], None]
     """Takes one sentence that a person should see."""
+    arrived: Callable[[int], None]
+    """Called on every rank with the number of a step (from 1) before it joins the sum over all of them."""
     should_stop: Callable[[], bool]
     """Asked once a step on every rank; one True stops all of them after that step, with a checkpoint."""
 
@@ -176,6 +178,7 @@ class Trainer:
         self.buffer.clear()
         self.accumulate(rows, step)
         self.buffer.extra[_STOP] += self._hooks.should_stop()
+        self._hooks.arrived(step + 1)
         self.buffer.sum(self._ranks)
         tokens, positions, stop = self.buffer.extra[:_ROW_LOSSES].tolist()
         row_losses = self.buffer.extra[_ROW_LOSSES:]

@@ -108,8 +108,8 @@ class Plan:
 def plan(facts: Facts, config: TrainingConfig) -> Plan:
     """What a run with `facts` and `config` needs.
 
-    A worker holds weights, gradients, the optimizer's numbers, an average if there is one, the activations of a micro-batch, and a copy of weights
-    and numbers while it writes a checkpoint.
+    A worker holds weights, gradients, the optimizer's numbers, an average if there is one, the activations of a
+    micro-batch, and a copy of weights and numbers while it writes a checkpoint.
     """
     numbers = _STATE_NUMBERS["adamw"] * (facts.trained - facts.trained_by_muon)
     numbers += _STATE_NUMBERS["muon"] * facts.trained_by_muon

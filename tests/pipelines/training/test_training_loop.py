@@ -70,6 +70,7 @@ def trainer(
     hooks = Hooks(
         report=(lines if lines is not None else []).append,
         resumed=lambda step: None,
+        arrived=lambda step: None,
         notice=(notices if notices is not None else []).append,
         should_stop=should_stop,
     )
