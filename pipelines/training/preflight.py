@@ -26,12 +26,14 @@ from pipelines.training.models import (
     trained_count,
 )
 from pipelines.training.objectives import Batch, Objective
+from pipelines.training.optim import Optimizer
+from pipelines.training.parallel import Ranks
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens a parameter at which a given amount of arithmetic is best spent (Hoffmann et al. 2022, "Training
 Compute-Optimal Large Language Models", table 3)."""
-_PROCESS_BYTES = 450_000_000
-"""A worker before it has a model: interpreter, torch, transformers, Ray."""
+_PROCESS_BYTES = 640_000_000
+"""A worker without a model: interpreter, torch, transformers, Ray. Measured: 669 MB with one of 34 MB."""
 _TRIAL_FLOPS = 2e11
 """Longest trial: about 10 s on a slow core."""
 _TRIAL_BATCHES = 4
@@ -41,13 +43,15 @@ _STATE_NUMBERS = {"adamw": 2, "muon": 1}
 
 @dataclass(frozen=True)
 class Trial:
-    """What one micro-batch took, forward and backward, in one worker."""
+    """What one micro-batch took, forward and backward, and one update, in one worker."""
 
     seconds_per_position: float
     row_positions: float
     """Length of a row in the first batches, on average."""
     activation_bytes: int
     """Kept for the backward pass at the end of the forward pass."""
+    optimizer_seconds: float
+    """One update by one process; Muon's is shared out over the workers."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,12 @@ def plan(facts: Facts, config: TrainingConfig) -> Plan:
     kept = facts.parameters + facts.trained + numbers + max(facts.trained + numbers, updates)
     activations = facts.trial.activation_bytes if facts.trial else 0
     row = facts.trial.row_positions if facts.trial else facts.row_positions
-    positions = round(config.steps * config.batch_rows * row)
-    rate = config.workers / facts.trial.seconds_per_position if facts.trial else None
-    seconds = None if rate is None else positions / rate
+    batch = config.batch_rows * row
+    positions = round(config.steps * batch)
+    seconds = rate = None
+    if facts.trial:
+        step = batch * facts.trial.seconds_per_position / config.workers + facts.trial.optimizer_seconds
+        seconds, rate = config.steps * step, batch / step
     price = config.price_per_hour
     return Plan(
         parameters=facts.parameters,
@@ -159,7 +166,7 @@ def can_try(facts: Facts) -> bool:
 def trial(
     assemble: Callable[[], tuple[nn.Module, Objective[Any]]], config: TrainingConfig, hardware: Hardware
 ) -> Trial:
-    """Runs the first micro-batch of the run twice, with the threads of one worker, and times the second."""
+    """Runs a micro-batch of the first steps, and an update, twice with the threads of one worker; times the second."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.cpus_per_worker)
     try:
@@ -188,8 +195,17 @@ def trial(
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             once()
-        row_positions = sum(rows.positions for rows in parts) / sum(map(len, parts))
-        return Trial(once() / part.positions, row_positions, activation_bytes=sum(kept.values()))
+        seconds = once()
+        optimizer = Optimizer(model, config.optim, dtype=hardware.dtype)
+        optimizer.step(1.0, Ranks())  # the first one allocates
+        started = time.perf_counter()
+        optimizer.step(1.0, Ranks())
+        return Trial(
+            seconds_per_position=seconds / part.positions,
+            row_positions=sum(rows.positions for rows in parts) / sum(map(len, parts)),
+            activation_bytes=sum(kept.values()),
+            optimizer_seconds=time.perf_counter() - started,
+        )
     finally:
         torch.set_num_threads(threads)
 

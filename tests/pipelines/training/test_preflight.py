@@ -62,15 +62,17 @@ def test_a_plan_multiplies_out() -> None:
 
 
 def test_a_trial_gives_time_memory_and_cost() -> None:
-    tried = dataclasses.replace(FACTS, trial=Trial(0.001, row_positions=16, activation_bytes=10_000_000))
+    tried = dataclasses.replace(
+        FACTS, trial=Trial(0.001, row_positions=16, activation_bytes=10_000_000, optimizer_seconds=0.016)
+    )
     config = TRAINING.model_copy(update={"price_per_hour": 9.0})
     planned = plan(tried, config)
     assert planned.positions == 100 * 8 * 16
-    assert planned.tokens_per_second == 2000
-    assert planned.seconds == pytest.approx(6.4)
-    assert planned.cost == pytest.approx(6.4 / 3600 * 9)
+    assert planned.seconds == pytest.approx(100 * (8 * 16 * 0.001 / 2 + 0.016))
+    assert planned.tokens_per_second == pytest.approx(1600)
+    assert planned.cost == pytest.approx(8.0 / 3600 * 9)
     assert planned.worker_bytes == plan(FACTS, config).worker_bytes + 10_000_000
-    assert "about 2,000 tokens/s, 0.1 min, cost 0.02" in planned.describe()
+    assert "about 1,600 tokens/s, 0.1 min, cost 0.02" in planned.describe()
 
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
@@ -127,6 +129,7 @@ def test_the_trial_runs_the_largest_of_the_first_micro_batches() -> None:
     found = trial(assemble, TRAINING, CPU)
     assert found.row_positions == (64 + 3 * 32) / 4
     assert 0 < found.seconds_per_position < 0.1
+    assert 0 < found.optimizer_seconds < 10
     inputs = 4 * 64 * 32 * 4  # of one linear layer
     assert 10 * inputs < found.activation_bytes < 200 * inputs
     assert torch.get_num_threads() == threads
