@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("corpus", "engine", "serving")
+BENCHMARKS = ("corpus", "engine", "serving", "training")
 
 
 def main() -> int:

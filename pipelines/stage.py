@@ -19,12 +19,14 @@ from configs.schema.base import Config
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `done` of `total` in `unit`s, and figures worth showing beside it."""
+    """How far a stage is: `done` of `total` in `unit`s, and what is worth showing beside it."""
 
     done: float
     total: float
     unit: str
     figures: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
+    """A sentence that a person should see, and that stays."""
 
 
 @dataclass(frozen=True)

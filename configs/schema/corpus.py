@@ -128,8 +128,9 @@ class TokenizerConfig(Config):
     algorithm: Literal["bpe", "wordpiece", "unigram", "word", "white_space"] = "bpe"
     """`bpe` works on bytes and knows every text; `word` has a token for each of the most frequent words, and takes
     marks and digits apart; `white_space` does not, for texts that were split into words before, like WikiText's."""
-    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
-    """Entries in the vocabulary, what the algorithm begins with and the special tokens included."""
+    vocab_size: Annotated[int, Field(ge=261, le=1_000_000)] = 4096
+    """Entries in the vocabulary, what the algorithm begins with and the special tokens included. With 261 `bpe` has the
+    256 bytes and no merges."""
     masks: Annotated[int, Field(ge=0, le=1000)] = 0
     """Mask tokens beside the vocabulary: one for masked language models and BART, one for each hidden span for T5."""
     sample_bytes: Annotated[int, Field(ge=10_000)] = 8_000_000

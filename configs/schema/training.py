@@ -53,6 +53,14 @@ class TrainingConfig(Config):
     spike_nats: Annotated[float, Field(gt=0)] | None = 3.0
     """A step whose loss is this many nats per target above the median of the last 32 steps ends the run; null: none
     does."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay a step (0.99 looks back about 100 steps);
+    evaluation and the published model use it. null: no average."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the squared logarithm of the softmax's normaliser, which keeps logits from drifting (PaLM: 1e-4). For
+    models that predict the next token; not part of validation losses."""
+    activation_checkpointing: bool = placement(False)
+    """Layers keep their inputs alone and run again in the backward pass: a third more arithmetic, much less memory."""
     log_every_steps: Annotated[int, Field(ge=1)] = 5
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
     """Time between two durable checkpoints of a run."""
@@ -62,7 +70,11 @@ class TrainingConfig(Config):
     """Threads of a worker; decides content, as sums are rounded in their order."""
     use_gpu: bool = placement(False)
     max_failures: Annotated[int, Field(ge=0)] = placement(3)
-    """Times that dead workers are replaced before the stage fails."""
+    """Times that dead or hung workers are replaced before the stage fails."""
+    hang_seconds: Annotated[int, Field(ge=1)] = placement(600)
+    """A worker that the others have waited for this long is taken for hung."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = placement(None)
+    """What the machines cost an hour, in any currency; the cost of the run is then told before it starts."""
 
     @model_validator(mode="after")
     def _rows_divide(self) -> Self:

@@ -86,10 +86,12 @@ class RunProgress:
                 self._console.print(Text(f"{name}: started"))
 
     def stage_progress(self, name: str, progress: Progress) -> None:
-        """Moves the bar; off a terminal, a line if the last one is old enough."""
+        """Moves the bar; off a terminal, a line if the last one is old enough. A note is always printed."""
         position = f"{figure(progress.done)}/{figure(progress.total)} {progress.unit}"
         figures = "  ".join(_phrase(name, value) for name, value in progress.figures.items() if name in _SHOWN)
         with self._lock:
+            if progress.note:
+                self._console.print(Text(f"{name}: {progress.note}"))
             if self._task is not None:
                 self._bars.update(
                     self._task, completed=progress.done, total=progress.total, position=position, figures=figures

@@ -73,7 +73,12 @@ def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, con
     left_out = _render(data, rows, text, context_length(base))
     _log_lineage(data, rows, context)
     assemble = functools.partial(assemble_finetuning, base, rows, config)
-    train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
+    skeleton = start.skeleton("causal", vocab_size=text.vocab_size, eos_token_id=min(text.eos_token_ids))
+    if config.lora is not None:
+        Adapters.attach(skeleton, config.lora, head="causal", seed=config.training.seed)
+    row_tokens = max(PairRows.open(rows / f"{split}.safetensors").longest for split in _SPLITS) - 1
+    task = Task(context.work.absolute(), config.training, assemble)
+    trained = train_on_workers(task, skeleton, row_tokens, context)
     publication = Publication(
         title="Language model fine-tuned on instructions",
         head="causal",
@@ -84,7 +89,7 @@ def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, con
     )
     model, adapters = finetuned_model(base, config)
     summary = write_model(publication, model, config.training, context, adapters=adapters)
-    return {**summary, "pairs_left_out": left_out}
+    return {**summary, **trained, "pairs_left_out": left_out}
 
 
 def assemble_finetuning(base: Path, rows: Path, config: FinetuneConfig) -> tuple[nn.Module, Objective[Any]]:
@@ -96,6 +101,7 @@ def assemble_finetuning(base: Path, rows: Path, config: FinetuneConfig) -> tuple
         batch_rows=training.batch_rows,
         seed=training.seed,
         validation_rows=training.eval_rows,
+        z_loss=training.z_loss,
     )
     return finetuned_model(base, config)[0], objective
 

@@ -23,7 +23,7 @@ from pipelines.training.launch import train_on_workers
 from pipelines.training.masked import MaskedLanguageModel
 from pipelines.training.masks import mask_ids
 from pipelines.training.models import Head
-from pipelines.training.objectives import CausalLanguageModel, Objective
+from pipelines.training.objectives import CausalLanguageModel, Objective, check_no_z_loss
 from pipelines.training.publication import Publication, write_model
 from pipelines.training.start import Start, start_sources
 from pipelines.training.worker import Task
@@ -46,7 +46,7 @@ class PretrainStage:
         """Trains on the corpora; the tokenizer that goes with the model is the one they were made with.
 
         Raises:
-            ConfigError: only decoders keep attention within documents.
+            ConfigError: only decoders keep attention within documents, or have a z-loss.
             ContractError: the corpora were made with different tokenizers, the model that training starts from has
                 another one, or its objective needs mask tokens that the tokenizer lacks.
             DataError: a split of a corpus is too short.
@@ -66,7 +66,10 @@ class PretrainStage:
         masks = () if head == "causal" else mask_ids(tokenizer.path)
         _log_lineage(corpora, config, context)
         assemble = functools.partial(assemble_pretraining, folders, start, config, indexes, head=head, masks=masks)
-        train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
+        index = CorpusIndex.load(first.path)
+        skeleton = start.skeleton(head, vocab_size=index.vocab_size, eos_token_id=index.end_of_text_id)
+        task = Task(context.work.absolute(), config.training, assemble)
+        trained = train_on_workers(task, skeleton, start.context_length, context)
         model, _ = assemble()
         digests = {f"Corpus {name} digest".replace("  ", " "): f"`{c.digest}`" for name, c in corpora.items()}
         publication = Publication(
@@ -77,7 +80,7 @@ class PretrainStage:
             pad_token_id=END_OF_TEXT_ID,
             facts={**start.facts(), **digests, "Context length": f"{start.context_length:,} tokens"},
         )
-        return {**write_model(publication, model, config.training, context), "data": data}
+        return {**write_model(publication, model, config.training, context), **trained, "data": data}
 
 
 def assemble_pretraining(
@@ -101,7 +104,7 @@ def assemble_pretraining(
     if head == "causal":
         return model, CausalLanguageModel(
             train, validation, row_tokens=length, validation_rows=training.eval_rows,
-            within_documents=config.data.within_documents,
+            within_documents=config.data.within_documents, z_loss=training.z_loss,
         )  # fmt: skip
     if head == "masked":
         return model, MaskedLanguageModel(
@@ -131,7 +134,9 @@ def open_split(
 
 
 def _check_data(config: PretrainConfig, head: Head) -> None:
-    """Encoders and encoder-decoders see their rows whole."""
+    """Encoders and encoder-decoders see their rows whole, and have no z-loss."""
+    if head != "causal":
+        check_no_z_loss(config.training, f"a {head} language model")
     if head != "causal" and config.data.within_documents:
         raise ConfigError(
             "data.packing and data.attention: attention is kept within documents for decoders only",

@@ -17,7 +17,7 @@ _CHUNK_LOGITS = 1 << 19
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -29,10 +29,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             peak = logits.amax(1, keepdim=True)
             powers = logits.sub_(peak).exp_()  # in the logits' memory, as is what follows
             normaliser = powers.sum(1, keepdim=True)
-            total += (normaliser.log() + peak - picked).sum()
+            log_normaliser = normaliser.log() + peak
+            total += (log_normaliser - picked).sum()
+            if z_loss:
+                total += z_loss * log_normaliser.square().sum()
             if hidden_gradient is None and weight_gradient is None:
                 continue
             error = powers.div_(normaliser)
+            if z_loss:
+                error *= 1 + 2 * z_loss * log_normaliser
             error.scatter_add_(1, target, torch.full_like(picked, -1.0))
             if hidden_gradient is not None:
                 hidden_gradient[start : start + rows] = error @ weight
@@ -42,18 +47,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         kept = (None if tensor is None else tensor * gradients[0] for tensor in ctx.saved_tensors)
-        return next(kept), next(kept), None
+        return next(kept), next(kept), None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Sum over positions of the negative log-likelihood, in nats, of `targets` under softmax(hidden @ weight.T).
+
+    To it comes `z_loss` times the square of the logarithm of each softmax's normaliser (Chowdhery et al. 2022, 5).
 
     Args:
         hidden: [positions, width].
         weight: [vocabulary, width].
         targets: [positions], token ids.
+        z_loss: weight of the second term.
     """
-    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    total: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss)
     return total

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -92,3 +94,16 @@ class Hardware:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
         return calls / (time.perf_counter() - start)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process held so far, on a GPU that torch allocated there."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or not."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -6,23 +6,31 @@ metrics and resumption are the loop's own, so the loop is the same without Ray.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
+import statistics
 import threading
 import time
 from typing import Any
 
+import psutil
 import ray
 import ray.train
 import ray.train.torch
+import torch
+from torch import nn
 
 from actors.store.artifacts import remove_tree
 from configs.errors import ConfigError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.stage import Progress, StageContext
-from pipelines.training.metrics import FILE, Follower
+from pipelines.training.hardware import Hardware
+from pipelines.training.metrics import FILE, Follower, read_metrics
 from pipelines.training.parallel import Ranks
-from pipelines.training.worker import STOP, Task, clear_signals, read_failure, run
+from pipelines.training.preflight import Plan, can_try, check, plan, survey, trial
+from pipelines.training.worker import PEAK, STOP, Task, clear_signals, read_failure, run
 
 _RAY_SETTINGS = {
     # The controller looks at its workers this often; the default of 2 s is added to the end of every run.
@@ -40,18 +48,26 @@ _STOP_SECONDS = 30.0
 _log = logging.getLogger("ganymede.training")
 
 
-def train_on_workers(task: Task, context: StageContext) -> None:
+def train_on_workers(task: Task, skeleton: nn.Module, row_tokens: int, context: StageContext) -> dict[str, Any]:
     """Runs `task` to its last step on Ray Train workers, resuming from its newest checkpoint.
 
-    Figures go to the tracker and to progress as they come. If the caller is interrupted, or loses its lease, the
-    workers stop after the step at hand, with a checkpoint.
+    Before they start it tells what the run will need; the returned summary has that beside what was measured. Figures
+    go to the tracker and to progress as they come. If the caller is interrupted, or loses its lease, the workers stop
+    after the step at hand, with a checkpoint.
+
+    Args:
+        task: what is trained.
+        skeleton: its model without memory for the weights.
+        row_tokens: longest row, in positions.
+        context: what the runner gave the stage.
 
     Raises:
-        ConfigError: the cluster has too few processors or GPUs.
+        ConfigError: the cluster has too few processors or GPUs, or the run does not fit into memory.
         StageError: training diverged, or workers died more often than `max_failures` allows.
         GanymedeError: what a worker could not go on with.
     """
     _check_resources(task.config)
+    planned = _look_ahead(task, skeleton, row_tokens, context)
     context.check_lease()
     clear_signals(task.work)
     outcome: list[BaseException] = []
@@ -76,6 +92,50 @@ def train_on_workers(task: Task, context: StageContext) -> None:
         raise failure
     if outcome:
         raise _explained(outcome[0], task.config) from outcome[0]
+    return {"preflight": _compare(planned, task, context)}
+
+
+def _look_ahead(task: Task, skeleton: nn.Module, row_tokens: int, context: StageContext) -> Plan:
+    """Tells what the run will need; raises `ConfigError` if that is not there."""
+    config = task.config
+    machines = sum(bool(node["Alive"]) for node in ray.nodes())
+    seen = not config.use_gpu or torch.cuda.is_available()
+    facts = survey(
+        skeleton,
+        row_tokens,
+        config,
+        memory_bytes=_free_memory(config, machines) if seen else None,
+        workers_on_machine=1 if config.use_gpu else -(-config.workers // machines),
+    )
+    check(plan(facts, config), facts, config)
+    if seen and can_try(facts):
+        hardware = Hardware.resolve(config, torch.device("cuda" if config.use_gpu else "cpu"))
+        facts = dataclasses.replace(facts, trial=trial(task.assemble, config, hardware))
+    planned = plan(facts, config)
+    check(planned, facts, config)
+    context.progress(Progress(0, config.steps, "step", note=f"preflight: {planned.describe()}"))
+    return planned
+
+
+def _free_memory(config: TrainingConfig, machines: int) -> int:
+    """Bytes: of the GPU of a worker, of this machine, or of the smallest machine of several."""
+    if config.use_gpu:
+        return int(torch.cuda.mem_get_info()[0])
+    if machines > 1:
+        return int(min(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"]))
+    return int(psutil.virtual_memory().available)
+
+
+def _compare(planned: Plan, task: Task, context: StageContext) -> dict[str, Any]:
+    """What was expected and what came, for the summary; the figures of both that can be compared go to the tracker."""
+    rates = [line["tokens_per_second"] for line in read_metrics(task.work / FILE) if "tokens_per_second" in line]
+    peak = json.loads((task.work / PEAK).read_bytes())["peak_memory_bytes"]
+    measured = {"worker_bytes": peak, "tokens_per_second": statistics.median(rates)}
+    predicted = dataclasses.asdict(planned)
+    for name, value in measured.items():
+        pair = {f"preflight/predicted_{name}": predicted[name], f"preflight/measured_{name}": value}
+        context.run.log_metrics({k: v for k, v in pair.items() if v is not None}, step=task.config.steps)
+    return {"predicted": predicted, "measured": measured}
 
 
 def _fit(task: Task, outcome: list[BaseException]) -> None:
@@ -89,7 +149,9 @@ def _fit(task: Task, outcome: list[BaseException]) -> None:
         ray.train.torch.TorchTrainer(
             _work,
             train_loop_config={"task": task},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            torch_config=ray.train.torch.TorchConfig(
+                backend="nccl" if config.use_gpu else "gloo", timeout_s=config.hang_seconds
+            ),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
             ),
@@ -135,5 +197,7 @@ def _explained(error: BaseException, config: TrainingConfig) -> StageError:
     causes = "; ".join(f"worker {rank}: {str(cause).strip().splitlines()[-1]}" for rank, cause in failures.items())
     return StageError(
         f"training workers failed more than max_failures = {config.max_failures} times: {causes or error}",
-        next_step="look at the worker's log (ray logs); run the same command to resume from the last checkpoint",
+        next_step="look at the worker's log (ray logs); if the system killed it for memory, lower "
+        f"training.micro_batch_rows (now {config.micro_batch_rows}); run the same command to resume from the last "
+        "checkpoint",
     )

@@ -8,6 +8,7 @@ that did not, on the same processor with the same number of ranks, threads and m
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from configs.errors import CorruptArtifactError, StageError
 from configs.schema.training import TrainingConfig
+from pipelines.training.averaging import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, Checkpoints, prefixed, without_prefix
 from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
-from pipelines.training.models import flops_per_token
+from pipelines.training.models import flops_per_token, recompute_activations
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
@@ -31,11 +33,13 @@ from pipelines.training.schedule import rate_factor
 # What is summed over the ranks beside the gradients, by place: target tokens, positions run over (padding included),
 # votes to stop, and from there on the loss of each row of the global batch.
 _TARGETS, _POSITIONS, _STOP, _ROW_LOSSES = range(4)
+AVERAGE = "average"
+"""What the averaged weights are called in a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run speaks to the world outside; only rank 0's `report` and `notice` are called."""
+    """How a run speaks to the world outside; `report`, `resumed` and `notice` are called on rank 0 alone."""
 
     report: Callable[[Mapping[str, float]], None]
     """Takes the figures of a step, `step` among them."""
@@ -43,6 +47,8 @@ class Hooks:
     """Called once, before the first step, with the number of steps that are already done."""
     notice: Callable[[str], None]
     """Takes one sentence that a person should see."""
+    arrived: Callable[[int], None]
+    """Called on every rank with the number of a step (from 1) before it joins the sum over all of them."""
     should_stop: Callable[[], bool]
     """Asked once a step on every rank; one True stops all of them after that step, with a checkpoint."""
 
@@ -71,6 +77,8 @@ class Trainer:
         hooks: Hooks,
     ) -> None:
         self._model = model.to(hardware.device).train()
+        if config.activation_checkpointing:
+            recompute_activations(model)
         self._objective = objective
         self._config = config
         self._hardware = hardware
@@ -81,6 +89,7 @@ class Trainer:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.buffer = GradientBuffer(self._parameters.values(), extra=_ROW_LOSSES + config.batch_rows)
         self._guard = LossGuard(config.spike_nats)
+        self._average = None if config.ema_decay is None else WeightAverage(self._parameters, config.ema_decay)
         self._tokens_seen = 0
 
     def run(self) -> Outcome:
@@ -108,7 +117,8 @@ class Trainer:
             if logs:
                 figures |= clock.read()
             if evaluates:
-                figures |= self.evaluate()
+                with self._average.in_place() if self._average else contextlib.nullcontext():
+                    figures |= self.evaluate()
             if logs:
                 clock.restart()
             if self._ranks.rank == 0:
@@ -168,6 +178,7 @@ class Trainer:
         self.buffer.clear()
         self.accumulate(rows, step)
         self.buffer.extra[_STOP] += self._hooks.should_stop()
+        self._hooks.arrived(step + 1)
         self.buffer.sum(self._ranks)
         tokens, positions, stop = self.buffer.extra[:_ROW_LOSSES].tolist()
         row_losses = self.buffer.extra[_ROW_LOSSES:]
@@ -180,6 +191,8 @@ class Trainer:
         gradients.mul_((self._config.optim.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         factor = rate_factor(step, self._config.steps, self._config.optim)
         self._optimizer.step(factor, self._ranks)
+        if self._average:
+            self._average.follow(step + 1)
         self._tokens_seen += int(tokens)
         clock.trained(int(positions))
         figures = {
@@ -219,6 +232,8 @@ class Trainer:
                 self._parameters[name].copy_(value)
         self._optimizer.load_state(without_prefix("optimizer", checkpoint.tensors))
         self._guard.load_state(without_prefix("guard", checkpoint.tensors))
+        if self._average:
+            self._average.load_state(without_prefix(AVERAGE, checkpoint.tensors))
         self._tokens_seen = checkpoint.tokens_seen
         return step
 
@@ -227,6 +242,8 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         states = {"model": self._parameters, "optimizer": self._optimizer.state(), "guard": self._guard.state()}
+        if self._average:
+            states[AVERAGE] = self._average.state()
         tensors = {name: t for prefix, state in states.items() for name, t in prefixed(prefix, state).items()}
         self._checkpoints.save(Checkpoint(step, self._tokens_seen, tensors))
 

@@ -79,6 +79,18 @@ def build_model(
     return model
 
 
+def build_skeleton(shape: Any, head: Head, labels: Sequence[str] = ()) -> nn.Module:
+    """The model that `shape` describes, with `head` and without memory for its weights.
+
+    Raises:
+        ConfigError: its architecture has no such head.
+    """
+    _name_labels(shape, labels)
+    _check_head(shape, head)
+    with torch.device("meta"):
+        return AUTO_CLASSES[head].from_config(shape, attn_implementation=_attention(shape))
+
+
 def load_model(
     folder: Path, head: Head = "causal", *, labels: Sequence[str] = (), dropout: float = 0.0, seed: int = 0
 ) -> nn.Module:
@@ -162,6 +174,22 @@ def pretraining_head(folder: Path) -> Head:
 def _is_encoder(shape: Any) -> bool:
     """BERT and its like can be opened as decoders too, which their config has to ask for."""
     return type(shape) in AutoModelForMaskedLM._model_mapping and not getattr(shape, "is_decoder", False)
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Has each layer keep its input alone and run again in the backward pass: the same gradients, less memory.
+
+    Raises:
+        ConfigError: the architecture cannot do that.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"training.activation_checkpointing: a {model.config.model_type} model cannot recompute its layers",
+            received=True,
+            allowed="false",
+            next_step="lower training.micro_batch_rows to save memory",
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def folder_digest(folder: Path) -> str:

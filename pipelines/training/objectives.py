@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
+from configs.schema.training import TrainingConfig
 from pipelines.corpus.loader import Loader
 from pipelines.corpus.packing import PackedRows
 from pipelines.training.cross_entropy import linear_cross_entropy
@@ -133,10 +135,12 @@ class LanguageObjective:
     tallies: int = 2
     bytes_per_token: float
     """UTF-8 bytes of text per target token in the validation data."""
+    z_loss: float = 0.0
+    """See `linear_cross_entropy`; in training only."""
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """See `Objective`."""
-        return token_loss(model, rows)
+        return token_loss(model, rows, self.z_loss)
 
     def measure(self, model: nn.Module, rows: Rows) -> Tensor:
         """See `Objective`."""
@@ -163,8 +167,10 @@ class CausalLanguageModel(LanguageObjective):
         row_tokens: int,
         validation_rows: int,
         within_documents: bool = False,
+        z_loss: float = 0.0,
     ) -> None:
         self.row_tokens = row_tokens
+        self.z_loss = z_loss
         self._train = train
         self._validation = validation
         self._validation_rows = -(-validation_rows // len(validation))
@@ -195,8 +201,16 @@ class SupervisedPairs(LanguageObjective):
     """Completions given prompts: a row is one rendered conversation, the completion's tokens are the targets."""
 
     def __init__(
-        self, train: PairRows, validation: PairRows, *, batch_rows: int, seed: int, validation_rows: int
+        self,
+        train: PairRows,
+        validation: PairRows,
+        *,
+        batch_rows: int,
+        seed: int,
+        validation_rows: int,
+        z_loss: float = 0.0,
     ) -> None:
+        self.z_loss = z_loss
         self.row_tokens = max(train.longest, validation.longest) - 1
         self.bytes_per_token = validation.bytes_per_target
         self._train = train
@@ -217,17 +231,29 @@ class SupervisedPairs(LanguageObjective):
         return [f"pair {i}" for i in self._epochs.batch(step, rank, world_size, self._train.length)]
 
 
+def check_no_z_loss(config: TrainingConfig, what: str) -> None:
+    """Raises `ConfigError` if a z-loss is asked for where `what` is trained."""
+    if config.z_loss:
+        raise ConfigError(
+            f"training.z_loss is for models that predict the next token, not for {what}",
+            received=config.z_loss,
+            allowed="0",
+            next_step="leave training.z_loss out",
+        )
+
+
 def name_samples(loader: Loader, step: int, rank: int, world_size: int) -> list[str]:
     """What the rows of a batch are called: the row of a source's split, and how often that was gone through before."""
     ledger = loader.ledger(step, rank, world_size).tolist()
     return [f"source {source} row {row} (epoch {epoch})" for source, epoch, row in ledger]
 
 
-def token_loss(model: nn.Module, rows: Rows) -> Tensor:
-    """Negative log-likelihood of the targets of `rows` under `model`, summed, in nats."""
+def token_loss(model: nn.Module, rows: Rows, z_loss: float = 0.0) -> Tensor:
+    """Negative log-likelihood of the targets of `rows` under `model`, summed, in nats; `z_loss` adds its term."""
     hidden = hidden_states(model, rows.tokens[:, :-1], rows.position_ids)
     wanted = rows.targets
-    return linear_cross_entropy(hidden[wanted], model.get_output_embeddings().weight, rows.tokens[:, 1:][wanted])
+    output = model.get_output_embeddings().weight
+    return linear_cross_entropy(hidden[wanted], output, rows.tokens[:, 1:][wanted], z_loss)
 
 
 def padded_rows(pairs: PairRows, chosen: range | list[int]) -> Rows:

@@ -20,6 +20,7 @@ from pipelines.training.adapters import ADAPTER, Adapters
 from pipelines.training.card import Card
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
+from pipelines.training.loop import AVERAGE
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
 from pipelines.training.models import Head, parameter_count, save_model, set_generation, trained_count, window
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
@@ -72,14 +73,15 @@ def write_model(
 ) -> dict[str, Any]:
     """Writes the model artifact of a finished run to `context.out`, its curve into the tracker; returns the summary.
 
-    `model` gives the architecture; its weights are replaced by those of the last checkpoint. `adapters` that are
-    attached to it are written too, and the model itself only if they are to be merged into it, which they then are.
-    `score` is asked for what is measured of the finished model alone.
+    `model` gives the architecture; its weights are replaced by those of the last checkpoint, or by their average if the
+    run kept one. `adapters` that are attached to it are written too, and the model itself only if they are to be merged
+    into it, which they then are. `score` is asked for what is measured of the finished model alone.
     """
     checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in without_prefix("model", checkpoint.tensors).items():
+        weights = AVERAGE if config.ema_decay is not None else "model"
+        for name, value in without_prefix(weights, checkpoint.tensors).items():
             parameters[name].copy_(value)
     sizes = {"parameters": parameter_count(model), "trained_parameters": trained_count(model)}
     _write_weights(publication, model, adapters, context.out)

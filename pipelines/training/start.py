@@ -11,14 +11,17 @@ from torch import nn
 
 from actors.store.artifacts import Artifact
 from configs.schema.model import ModelConfig, is_folder
+from pipelines.training.architectures import architecture_config
 from pipelines.training.models import (
     LANGUAGE_HEADS,
     Head,
     build_model,
+    build_skeleton,
     context_length,
     folder_digest,
     load_model,
     pretraining_head,
+    read_shape,
 )
 
 ROLE = "model.from"
@@ -66,6 +69,13 @@ class Start:
         if self.digest is None:
             return {"Architecture": self.config.architecture}
         return {"Base model digest": f"`{self.digest}`"}
+
+    def skeleton(self, head: Head, *, vocab_size: int, eos_token_id: int, labels: Sequence[str] = ()) -> nn.Module:
+        """What `model` gives, without memory for its weights; raises as it does."""
+        if self.folder is not None:
+            return build_skeleton(read_shape(self.folder), head, labels)
+        shape = architecture_config(self.config, vocab_size=vocab_size, eos_token_id=eos_token_id)
+        return build_skeleton(shape, head, labels)
 
     def model(
         self, head: Head, *, vocab_size: int, eos_token_id: int, seed: int, labels: Sequence[str] = ()

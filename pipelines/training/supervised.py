@@ -22,7 +22,7 @@ from pipelines.training.adapters import Adapters
 from pipelines.training.examples import ExampleRows, Framing, encode_examples, read_examples
 from pipelines.training.launch import train_on_workers
 from pipelines.training.models import Head
-from pipelines.training.objectives import Objective
+from pipelines.training.objectives import Objective, check_no_z_loss
 from pipelines.training.publication import Publication, Scores, unscored, write_model
 from pipelines.training.start import Start
 from pipelines.training.tasks import Classification, ExampleObjective, Sequences, Tagging
@@ -48,8 +48,10 @@ def train_on_examples(
 
     Raises:
         DataError: the dataset is one of another task.
+        ConfigError: a z-loss is asked for.
     """
     task, labels = _labels(data, config)
+    check_no_z_loss(config.training, f"task {task}")
     text = Text.load(tokenizer)
     framing = Framing.load(tokenizer, classified=task != "seq2seq")
     rows = context.work.absolute() / "rows"
@@ -65,7 +67,12 @@ def train_on_examples(
         make_model, start, config, task, tuple(labels), vocab_size=text.vocab_size, end=framing.end
     )
     assemble = functools.partial(assemble_examples, make, rows, config, task, tuple(labels), pad=pad)
-    train_on_workers(Task(context.work.absolute(), config.training, assemble), context)
+    skeleton = start.skeleton(task, vocab_size=text.vocab_size, eos_token_id=framing.end, labels=labels)
+    if config.lora is not None:
+        Adapters.attach(skeleton, config.lora, head=task, seed=config.training.seed)
+    row_tokens = max(ExampleRows.open(rows / f"{split}.safetensors").longest for split in _SPLITS)
+    job = Task(context.work.absolute(), config.training, assemble)
+    trained = train_on_workers(job, skeleton, row_tokens, context)
     model, adapters = make()
     publication = Publication(
         title=_TITLES[task],
@@ -80,7 +87,7 @@ def train_on_examples(
         publication, model, config.training, context, adapters=adapters, score=score if task == "seq2seq" else unscored
     )
     truncated = {split: ExampleRows.open(rows / f"{split}.safetensors").truncated for split in _SPLITS}
-    return {**summary, "truncated": truncated}
+    return {**summary, **trained, "truncated": truncated}
 
 
 def make_model(

@@ -16,15 +16,17 @@ from configs import errors
 from configs.errors import GanymedeError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.training.checkpoint import Checkpoints
-from pipelines.training.hardware import Hardware
+from pipelines.training.hardware import Hardware, is_out_of_memory, peak_memory_bytes
 from pipelines.training.loop import Hooks, Trainer
 from pipelines.training.metrics import FILE, MetricsFile
 from pipelines.training.objectives import Objective
 from pipelines.training.parallel import Ranks
+from pipelines.training.presence import Presence, is_timeout
 
 CHECKPOINTS = "checkpoints"
 STOP = "stop"
 HARDWARE = "hardware.json"
+PEAK = "peak.json"
 _FAILURE = "failure.json"
 
 
@@ -33,7 +35,7 @@ class Task:
     """One training run, as it is sent to workers."""
 
     work: Path
-    """Folder that all workers share: checkpoints, metrics, hardware, stop flag, failure."""
+    """Folder that all workers share: checkpoints, metrics, hardware, peak memory, stop flag, failure."""
     config: TrainingConfig
     assemble: Callable[[], tuple[nn.Module, Objective[Any]]]
     """Builds model and objective on each worker; must give the same on all."""
@@ -42,13 +44,15 @@ class Task:
 def run(task: Task, ranks: Ranks, device: torch.device) -> None:
     """Trains `task` as one of `ranks`.
 
-    A `GanymedeError` ends the run for good and is left for the driver (`read_failure`): repeating would only repeat
-    it. Any other exception passes, so that whoever started this process may replace it.
+    A `GanymedeError`, or memory that ran out, ends the run for good and is left for the driver (`read_failure`):
+    repeating would only repeat it. Any other exception passes, so that whoever started this process may replace it; if
+    it is that other ranks did not come, those are named in a notice.
     """
     if (task.work / _FAILURE).exists():
         return
     torch.set_num_threads(task.config.cpus_per_worker)
     metrics = MetricsFile(task.work / FILE)
+    presence = Presence(task.work, ranks.rank, ranks.world_size)
     try:
         hardware = Hardware.resolve(task.config, device)
         if ranks.rank == 0:
@@ -65,16 +69,36 @@ def run(task: Task, ranks: Ranks, device: torch.device) -> None:
                 report=metrics.append,
                 resumed=metrics.resumed,
                 notice=lambda text: metrics.append({"notice": text}),
+                arrived=presence.arrive,
                 should_stop=(task.work / STOP).exists,
             ),
         )
         trainer.run()
+        if ranks.rank == 0:
+            write_durably(task.work / PEAK, json.dumps({"peak_memory_bytes": peak_memory_bytes(device)}).encode())
     except GanymedeError as error:
         _leave_failure(task.work, error)
         if not isinstance(error, StageError):
             raise  # the other ranks may be waiting for this one: let the group be replaced, and end at once
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            _leave_failure(task.work, _too_large(task.config, error))
+        if is_timeout(error):
+            waited = f"within {task.config.hang_seconds} s; all workers are replaced"
+            metrics.append({"notice": f"{presence.missing()} {waited}"})
+        raise
     finally:
         metrics.close()
+        presence.close()
+
+
+def _too_large(config: TrainingConfig, error: BaseException) -> StageError:
+    return StageError(
+        f"a training worker ran out of memory: {str(error).strip().splitlines()[0]}",
+        next_step=f"lower training.micro_batch_rows (now {config.micro_batch_rows}; the batch stays the same), set "
+        "training.activation_checkpointing=true, take fewer training.workers a machine, or a smaller model; the last "
+        "checkpoint stands",
+    )
 
 
 def _leave_failure(work: Path, error: GanymedeError) -> None:

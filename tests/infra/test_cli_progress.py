@@ -37,6 +37,15 @@ def test_off_a_terminal_every_line_is_whole_and_says_where_it_is() -> None:
     assert lines[-1] == "pretrain: made model/demo-pretrain@1 in 1 min 01 s"
 
 
+def test_a_note_is_printed_whenever_it_comes() -> None:
+    for terminal in (False, True):
+        file = io.StringIO()
+        with RunProgress(Console(file=file, width=200, force_terminal=terminal), plain_every_seconds=3600) as progress:
+            progress.stage_started("pretrain", "pretrain")
+            progress.stage_progress("pretrain", Progress(0, 300, "steps", note="preflight: [4] parameters"))
+        assert "pretrain: preflight: [4] parameters" in file.getvalue()
+
+
 def test_off_a_terminal_lines_are_rare() -> None:
     file = io.StringIO()
     watch(Console(file=file, width=200), plain_every_seconds=10)

@@ -136,7 +136,7 @@ def trainer(
     objective = make(folder)
     model = make_model(folder, architecture, head, LABELS.get(name.split()[0], []))
     lines: list[Mapping[str, float]] = []
-    hooks = Hooks(lines.append, lambda step: None, lambda text: None, lambda: False)
+    hooks = Hooks(lines.append, lambda step: None, lambda text: None, lambda step: None, lambda: False)
     config = CONFIG.model_copy(update={"micro_batch_rows": micro, **changes})
     checkpoints = Checkpoints(folder / f"{name}-checkpoints")
     made = Trainer(model, objective, config, hardware=CPU, ranks=ranks, checkpoints=checkpoints, hooks=hooks)

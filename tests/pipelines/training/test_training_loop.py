@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from configs.errors import CorruptArtifactError, StageError
+from configs.errors import ConfigError, CorruptArtifactError, StageError
 from configs.schema.model import ModelConfig
 from configs.schema.training import OptimConfig, TrainingConfig
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.hardware import Hardware
 from pipelines.training.loop import Hooks, Outcome, Trainer
-from pipelines.training.models import build_model
+from pipelines.training.models import build_model, recompute_activations
 from pipelines.training.objectives import LanguageObjective, Rows
 from pipelines.training.parallel import Ranks
 
@@ -70,6 +70,7 @@ def trainer(
     hooks = Hooks(
         report=(lines if lines is not None else []).append,
         resumed=lambda step: None,
+        arrived=lambda step: None,
         notice=(notices if notices is not None else []).append,
         should_stop=should_stop,
     )
@@ -89,9 +90,9 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_that_stopped_and_resumed_has_the_same_bits(tmp_path: Path, name: Any) -> None:
-    config = TRAINING.model_copy(update={"optim": OptimConfig(name=name)})
+@pytest.mark.parametrize(("name", "ema_decay"), [("adamw", None), ("muon", None), ("muon", 0.9)])
+def test_a_run_that_stopped_and_resumed_has_the_same_bits(tmp_path: Path, name: Any, ema_decay: float | None) -> None:
+    config = TRAINING.model_copy(update={"optim": OptimConfig(name=name), "ema_decay": ema_decay})
     lines: list[Mapping[str, float]] = []
     whole, run = trainer(tmp_path / "whole", config=config, lines=lines)
     assert run.run() == Outcome(12, int(lines[-1]["tokens_seen"]), finished=True)
@@ -101,6 +102,8 @@ def test_a_run_that_stopped_and_resumed_has_the_same_bits(tmp_path: Path, name: 
     resumed, second = trainer(tmp_path / "parts", config=config, lines=resumed_lines)
     assert second.run().finished
     assert equal(whole, resumed)
+    ends = (Checkpoints(tmp_path / folder).load(12).tensors for folder in ("whole", "parts"))
+    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends), strict=True))
     deterministic = ("step", "loss", "tokens_seen", "grad_norm", "lr")
     assert [[line[k] for k in deterministic] for line in resumed_lines] == [
         [line[k] for k in deterministic] for line in lines[5:]
@@ -190,6 +193,48 @@ def test_a_stopped_and_resumed_run_drops_out_the_same(tmp_path: Path) -> None:
     run("parts", 0.3, should_stop=stopping_after(5))
     assert equal(whole, run("parts", 0.3))
     assert not equal(whole, run("plain", 0.0))
+
+
+def test_the_average_follows_the_weights_and_is_what_is_evaluated(tmp_path: Path) -> None:
+    def run(name: str, steps: int, **settings: Any) -> tuple[dict[str, torch.Tensor], float]:
+        lines: list[Mapping[str, float]] = []
+        config = TRAINING.model_copy(update={"steps": steps, "eval_every_steps": steps, **settings})
+        _, made = trainer(tmp_path / name, config=config, lines=lines)
+        made.run()
+        return Checkpoints(tmp_path / name).load(steps).tensors, lines[-1]["validation_loss"]
+
+    constant = OptimConfig(name="adamw", schedule="linear", warmup_fraction=0.0, final_fraction=1.0)
+    expected = dict(build_model(MODEL, vocab_size=64, eos_token_id=0, seed=3).named_parameters())
+    for steps in (1, 2, 3):
+        tensors, loss = run(f"plain-{steps}", steps, optim=constant)
+        decay = min(0.5, (1 + steps) / (10 + steps))
+        expected = {name: decay * e.detach() + (1 - decay) * tensors[f"model/{name}"] for name, e in expected.items()}
+    averaged, averaged_loss = run("averaged", 3, optim=constant, ema_decay=0.5)
+    for name, value in expected.items():
+        torch.testing.assert_close(averaged[f"average/{name}"], value)
+        assert torch.equal(averaged[f"model/{name}"], tensors[f"model/{name}"])
+    assert averaged_loss != loss
+
+
+def test_layers_that_run_again_in_the_backward_pass_train_the_same_bits(tmp_path: Path) -> None:
+    def run(folder: str, *, again: bool) -> nn.Module:
+        config = TRAINING.model_copy(update={"activation_checkpointing": again})
+        model, made = trainer(tmp_path / folder, config=config)
+        for layer in model.get_decoder().layers:
+            layer.self_attn.attention_dropout = 0.3
+        made.run()
+        assert all(getattr(layer, "gradient_checkpointing", again) == again for layer in model.get_decoder().layers)
+        return model
+
+    assert equal(run("kept", again=False), run("again", again=True))
+
+
+def test_an_architecture_that_cannot_run_its_layers_again_is_refused() -> None:
+    lstm = build_model(
+        ModelConfig(architecture="lstm", hidden_size=16, layers=1), vocab_size=64, eos_token_id=0, seed=1
+    )
+    with pytest.raises(ConfigError, match=r"activation_checkpointing: a ganymede_lstm model.*allowed: false"):
+        recompute_activations(lstm)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from actors.text import Text
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from configs.schema.model import ModelConfig
+from configs.schema.training import TrainingConfig
 from pipelines.corpus.tokenizer import END_OF_TURN, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 from pipelines.training.cross_entropy import linear_cross_entropy
 from pipelines.training.metrics import Follower, MetricsFile, read_metrics
 from pipelines.training.models import build_model, hidden_states, save_model
-from pipelines.training.objectives import Rows, SupervisedPairs, padded_rows, token_loss
+from pipelines.training.objectives import Rows, SupervisedPairs, check_no_z_loss, padded_rows, token_loss
 from pipelines.training.pairs import PairRows, render_pairs
 
 PAIRS = [("What is it?", "A test."), ("Say one word, and say it slowly.", "Word"), ("a", "b c d"), ("long " * 60, "x")]
@@ -39,17 +40,34 @@ def pairs(text: Text, tmp_path: Path) -> PairRows:
     return PairRows.open(tmp_path / "rows")
 
 
-def test_fused_cross_entropy_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.05])
+def test_fused_cross_entropy_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch, z_loss: float) -> None:
     monkeypatch.setattr("pipelines.training.cross_entropy._CHUNK_LOGITS", 7 * 50)
     torch.manual_seed(0)
     hidden = torch.randn(33, 8, requires_grad=True)
     weight = torch.randn(50, 8, requires_grad=True)
     targets = torch.randint(0, 50, (33,))
-    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    logits = hidden @ weight.T
+    plain = F.cross_entropy(logits, targets, reduction="sum") + z_loss * logits.logsumexp(1).square().sum()
     expected = torch.autograd.grad(3 * plain, (hidden, weight))
-    fused = linear_cross_entropy(hidden, weight, targets)
+    fused = linear_cross_entropy(hidden, weight, targets, z_loss)
     torch.testing.assert_close(fused, plain)
     torch.testing.assert_close(torch.autograd.grad(3 * fused, (hidden, weight)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_z_loss_is_part_of_training_and_not_of_validation(pairs: PairRows) -> None:
+    shape = ModelConfig(hidden_size=32, layers=1, heads=2, context_length=64)
+    model = build_model(shape, vocab_size=300, eos_token_id=0, seed=1)
+    plain, with_z = (
+        SupervisedPairs(pairs, pairs, batch_rows=2, seed=1, validation_rows=2, z_loss=z_loss) for z_loss in (0.0, 0.1)
+    )
+    rows = plain.batch(0, 0, 1)
+    assert with_z.loss(model, rows) > plain.loss(model, rows) + 1
+    assert torch.equal(with_z.measure(model, rows), plain.measure(model, rows))
+    with pytest.raises(
+        ConfigError, match=r"training\.z_loss is for models that predict the next token, not for task tag"
+    ):
+        check_no_z_loss(TrainingConfig(steps=1, z_loss=0.1), "task tag")
 
 
 def test_only_completions_and_their_end_token_are_targets(pairs: PairRows, text: Text) -> None:

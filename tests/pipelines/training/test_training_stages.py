@@ -57,12 +57,15 @@ class Watcher:
         self.at: float = at
         self.act = act
         self.steps: list[tuple[str, float]] = []
+        self.notes: list[str] = []
 
     def stage_started(self, name: str, kind: str) -> None: ...
 
     def stage_finished(self, name: str, outcome: Any) -> None: ...
 
     def stage_progress(self, name: str, progress: Progress) -> None:
+        if progress.note:
+            self.notes.append(progress.note)
         if progress.unit == "step":
             self.steps.append((name, progress.done))
         if name == "pretrain" and progress.done >= self.at:
@@ -146,7 +149,8 @@ def test_a_recipe_trains_on_a_mixture_of_best_fit_packed_corpora(cluster: None, 
             "training": {**TRAINING, "steps": steps, "eval_every_steps": 6, "eval_rows": 8},
         },
     }
-    report, store = run(tmp_path, Watcher(1000, interrupt), stages)
+    watcher = Watcher(1000, interrupt)
+    report, store = run(tmp_path, watcher, stages)
     outcome = report.outcomes[-1]
     assert outcome.ref
     model = store.get(outcome.ref)
@@ -154,6 +158,12 @@ def test_a_recipe_trains_on_a_mixture_of_best_fit_packed_corpora(cluster: None, 
     assert set(model.manifest.inputs) == {"corpus.web", "corpus.mail"}
 
     summary, rows = outcome.summary, STAGES["pretrain"]["training"]["batch_rows"]
+    (note,) = watcher.notes
+    assert note.startswith(f"preflight: {summary['parameters']:,} parameters, {steps * rows * 128:,} tokens, ")
+    predicted, measured = summary["preflight"]["predicted"], summary["preflight"]["measured"]
+    assert predicted["positions"] == steps * rows * 128
+    assert 0.3 < predicted["worker_bytes"] / measured["worker_bytes"] < 3
+    assert min(predicted["tokens_per_second"], measured["tokens_per_second"]) > 0
     described = summary["data"]["corpora"]
     assert {name: one["samples"] for name, one in described.items()} == {
         "web": rows * (change * 3 // 4 + (steps - change) // 2), "mail": rows * (change // 4 + (steps - change) // 2),

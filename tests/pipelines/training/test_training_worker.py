@@ -19,13 +19,14 @@ from configs.schema.model import ModelConfig
 from configs.schema.training import OptimConfig, TrainingConfig
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.stage import StageContext
+from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.metrics import FILE, read_metrics
 from pipelines.training.models import build_model
 from pipelines.training.objectives import Objective, SupervisedPairs
 from pipelines.training.pairs import PairRows, render_pairs
 from pipelines.training.parallel import Ranks
 from pipelines.training.publication import Publication, write_model
-from pipelines.training.worker import STOP, Task, clear_signals, read_failure, run
+from pipelines.training.worker import CHECKPOINTS, PEAK, STOP, Task, clear_signals, read_failure, run
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(steps=8, batch_rows=4, workers=1, eval_every_steps=4, log_every_steps=2, seed=7)
@@ -84,6 +85,18 @@ def test_a_stopped_and_resumed_run_publishes_the_same_files(folder: Path) -> Non
     assert summary["precision"] in ("fp32", "bf16")
     assert summary["steps"] == 8
     assert summary["mfu"] > 0
+
+
+def test_a_run_with_an_average_publishes_that(folder: Path) -> None:
+    task = make_task(folder, "averaged", CONFIG.model_copy(update={"ema_decay": 0.9}))
+    run(task, Ranks(), CPU)
+    _, out = publish(task, folder)
+    tensors = Checkpoints(task.work / CHECKPOINTS).load(CONFIG.steps).tensors
+    published = AutoModelForCausalLM.from_pretrained(out).state_dict()["model.norm.weight"]
+    assert torch.equal(published, tensors["average/model.norm.weight"])
+    assert not torch.equal(published, tensors["model/model.norm.weight"])
+    peak = json.loads((task.work / PEAK).read_bytes())["peak_memory_bytes"]
+    assert 50e6 < peak < 50e9
 
 
 def test_a_run_that_diverges_tells_the_driver(folder: Path) -> None:
