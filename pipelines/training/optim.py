@@ -58,6 +58,8 @@ class Muon:
     @torch.no_grad()
     def step(self, rate: float, ranks: Ranks) -> None:
         """One update at learning rate `rate`."""
+        if not self._matrices:
+            return
         updates = {name: torch.zeros_like(p) for name, p in self._matrices.items()} if ranks.world_size > 1 else {}
         for names in self._stacks.values():
             for name in names:
