@@ -33,6 +33,8 @@ from actors.engine.encodings import (
     Task,
     spans,
 )
+from actors.engine.kernels import kernels_kind
+from actors.engine.linear import pack
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.engine.runner import check_kind, run_to_end
@@ -64,6 +66,8 @@ class EncoderEngine:
         """Most tokens of a text, those included that the tokenizer puts around it."""
         self.labels: tuple[str, ...] = tuple(model.config.id2label[n] for n in sorted(model.config.id2label))
         """Names of the classes, or of the words' labels; without meaning for embeddings."""
+        self.kernels = kernels_kind(model.dtype, model.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._model = model
         self._max_queued = max_queued
         self._queue = LengthQueue(batch_tokens)
@@ -107,6 +111,7 @@ class EncoderEngine:
         optional = ("pooler.",) if task == "embed" else ()
         dtype, where = placement(precision, device)
         model = load_modules(folder, auto_class, dtype=dtype, device=where, optional=optional)
+        pack(model)
         pooling = _read_pooling(folder)
         return cls(model, text, task=task, pooling=pooling, batch_tokens=batch_tokens, max_queued=max_queued)
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from actors.engine.emission import emit, wanted
+from actors.engine.kernels import kernels_kind
 from actors.engine.modules import Decoder, DecoderChoice, load_decoder
 from actors.engine.pretrained import Precision, check_vocabulary, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
@@ -68,6 +69,8 @@ class Engine:
         )
         rows = self._scheduler.rows
         self._cache = decoder.new_cache(capacity)
+        self.kernels = kernels_kind(self._cache.dtype, self._cache.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._cache.arrange(rows=rows.count, width=rows.width)
         self.tokens_run = 0
         """Tokens that went through the model; those found in the cache did not."""

@@ -25,6 +25,8 @@ from actors.engine import seq2seq_weights
 from actors.engine.batching import LengthQueue
 from actors.engine.cache import KVCache
 from actors.engine.emission import emit, wanted
+from actors.engine.kernels import kernels_kind
+from actors.engine.linear import pack
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
@@ -108,6 +110,8 @@ class Seq2SeqEngine:
         """Compiles what texts are held to; any thread may have it do so ahead of a request."""
         self.context_length = context_length
         """Most tokens of a source, and of a target with those that it begins with."""
+        self.kernels = kernels_kind(decoder.dtype, decoder.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._encoder = encoder
         self._decoder = decoder
         self._frame = frame
@@ -179,6 +183,7 @@ class Seq2SeqEngine:
         model = load_modules(folder, AutoModelForSeq2SeqLM, dtype=dtype, device=where)
         with torch.no_grad():
             decoder = _BUILDERS[config.model_type](model, window)
+        pack(model.get_encoder())
         return cls(
             model.get_encoder(),
             decoder,
