@@ -232,7 +232,7 @@ class Seq2SeqEngine:
         self._cache.obey(step.commands)
         if not step.turns:
             return events
-        ended: list[Target] = []
+        ended: list[Sequence] = []
         for turn, event in self._run(step.turns):
             target = turn.sequence
             length = len(self._flights[event.request_id].source.tokens)
