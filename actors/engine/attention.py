@@ -1,7 +1,8 @@
 """Attention of one step's tokens over the cache, for any decoder.
 
-Decoding sequences attend together: two batched matmuls and a softmax over one block of the cache's rows, which on a
-CPU is nine times as fast as the fused kernel with its one query row. Chunks of prompts attend one sequence at a time.
+Decoding sequences attend together: by the compiled kernel where there is one, which reads no more than each of them
+holds, and else by two batched matmuls and a softmax over one block of the cache's rows, which on a CPU is nine times as
+fast as torch's fused kernel with its one query row. Chunks of prompts attend one sequence at a time.
 
 Shape suffixes: N token of the step, B decoding sequence, R row of the block, T token of a chunk, L position in the
 cache, H query head, K key/value head, G query heads a kv head, D head dim.
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from actors.engine.cache import KVCache
+from actors.engine.kernels import kernels_for
 from actors.engine.scheduler import Span
 
 
@@ -41,7 +43,10 @@ class StepAttention:
         self._longest = max((span.stop for span in spans[:count]), default=0)
         # Rows of the block that do not decode in this step get queries of 0 and results that nobody reads.
         self._rows_B = None if self._block == count else rows_N[:count]
-        self._masks: dict[int | None, tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._places_N = rows_N[:count], self.positions_N[:count] + 1
+        self._kernels = kernels_for(cache.dtype, device)
+        self._masks: dict[int | None, torch.Tensor] = {}
+        self._chunk_masks: dict[int | None, list[torch.Tensor]] = {}
 
     def store(self, layer: int, kv_NHD: torch.Tensor) -> None:
         """Puts the tokens' keys (the first heads) and values in the cache; to be done before a layer attends."""
@@ -57,17 +62,9 @@ class StepAttention:
         window: int | None = None,
     ) -> torch.Tensor:
         """What each token gets from the values, [N, H * D]. `softcap` bounds the scores by a tanh."""
-        hidden_R11L, hidden_TL = self._hidden(window)
-        count = self._decoding
-        parts = []
-        if count:
-            keys_RKLD, values_RKLD = self._cache.rows(layer, slice(self._block), self._longest)
-            queries_RKGD = self._spread(queries_NKGD[:count])
-            scores_RKGL = queries_RKGD @ keys_RKLD.transpose(-1, -2)
-            weights_RKGL = _weights(scores_RKGL, hidden_R11L, scale, softcap)
-            attended_RX = (weights_RKGL @ values_RKLD).flatten(1)
-            parts.append(attended_RX if self._rows_B is None else attended_RX[self._rows_B])
-        first = count
+        first = self._decoding
+        parts = [self._decode(layer, queries_NKGD[:first], scale, softcap, window)] if first else []
+        hidden_TL = self._hidden_from_chunks(window) if self._chunks else []
         for span, hidden in zip(self._chunks, hidden_TL, strict=True):
             last = first + len(span.tokens)
             keys_1KLD, values_1KLD = self._cache.rows(layer, slice(span.row, span.row + 1), span.stop)
@@ -76,23 +73,41 @@ class StepAttention:
             first = last
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def _decode(
+        self, layer: int, queries_BKGD: torch.Tensor, scale: float, softcap: float | None, window: int | None
+    ) -> torch.Tensor:
+        keys_RKLD, values_RKLD = self._cache.rows(layer, slice(self._block), self._longest)
+        if self._kernels is not None and softcap is None and window is None:
+            queries_BHD = queries_BKGD.flatten(1, 2)
+            return self._kernels.attend(
+                queries_BHD, keys_RKLD, values_RKLD, *self._places_N, self._longest, scale=scale
+            )
+        scores_RKGL = self._spread(queries_BKGD) @ keys_RKLD.transpose(-1, -2)
+        weights_RKGL = _weights(scores_RKGL, self._hidden(window), scale, softcap)
+        attended_RX = (weights_RKGL @ values_RKLD).flatten(1)
+        return attended_RX if self._rows_B is None else attended_RX[self._rows_B]
+
     def _spread(self, queries_BKGD: torch.Tensor) -> torch.Tensor:
         if self._rows_B is None:
             return queries_BKGD
         queries_RKGD = queries_BKGD.new_zeros(self._block, *queries_BKGD.shape[1:])
         return queries_RKGD.index_copy_(0, self._rows_B, queries_BKGD)
 
-    def _hidden(self, window: int | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Masks, True for what is not to be seen: of the decoding block, and of each chunk."""
+    def _hidden(self, window: int | None) -> torch.Tensor:
+        """Mask of the decoding block [R, 1, 1, L], True for what is not to be seen."""
         if window not in self._masks:
+            latest_R = self.positions_N[: self._decoding]
+            if self._rows_B is not None:
+                latest_R = latest_R.new_full((self._block,), self._longest).index_copy_(0, self._rows_B, latest_R)
+            positions_L = torch.arange(self._longest, device=latest_R.device)
+            self._masks[window] = _outside(positions_L, latest_R[:, None], window)[:, None, None]
+        return self._masks[window]
+
+    def _hidden_from_chunks(self, window: int | None) -> list[torch.Tensor]:
+        """The mask [T, L] of each chunk."""
+        if window not in self._chunk_masks:
             device = self.positions_N.device
-            latest_B = self.positions_N[: self._decoding]
-            if self._rows_B is None:
-                latest_R = latest_B
-            else:
-                latest_R = latest_B.new_full((self._block,), self._longest).index_copy_(0, self._rows_B, latest_B)
-            block = _outside(torch.arange(self._longest, device=device), latest_R[:, None], window)
-            chunks = [
+            self._chunk_masks[window] = [
                 _outside(
                     torch.arange(span.stop, device=device),
                     torch.arange(span.start, span.stop, device=device)[:, None],
@@ -100,8 +115,7 @@ class StepAttention:
                 )
                 for span in self._chunks
             ]
-            self._masks[window] = block[:, None, None], chunks
-        return self._masks[window]
+        return self._chunk_masks[window]
 
 
 def _outside(positions_L: torch.Tensor, latest: torch.Tensor, window: int | None) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from actors.engine.kernels import kernels_for
 from actors.engine.rows import Command, Copy, Layout
 from configs.errors import EngineError
 
@@ -35,6 +36,8 @@ class KVCache:
         """Raises `EngineError` if the device has no memory for it."""
         self._kv_heads = kv_heads
         self._head_dim = head_dim
+        self.dtype, self.device = dtype, device
+        self._kernels = kernels_for(dtype, device)
         size = 2 * capacity * kv_heads * head_dim
         try:
             self._store = torch.zeros(layers, size, dtype=dtype, device=device)
@@ -75,6 +78,9 @@ class KVCache:
 
     def write(self, layer: int, kv_NHD: torch.Tensor, addresses: torch.Tensor) -> None:
         """Stores a layer's keys and values; `kv_NHD` holds the key heads, then the value heads."""
+        if self._kernels is not None:
+            self._kernels.store(kv_NHD, self._kv_LARKPD[layer], addresses)
+            return
         head_dim = kv_NHD.shape[-1]
         self._kv_LARKPD[layer].view(-1, head_dim).index_copy_(0, addresses, kv_NHD.reshape(-1, head_dim))
 

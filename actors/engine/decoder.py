@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
+from actors.engine.linear import Linear, RmsNorm
 from actors.engine.pretrained import read_config
 from actors.engine.scheduler import Span
 from configs.errors import ArtifactError, CorruptArtifactError
@@ -81,29 +82,13 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class _Linear:
-    """A weight transposed for `addmm`: with few rows, twice as fast on CPU as the layout of `nn.Linear`."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
-
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        residual.addmm_(x, self.weight)
-        if self.bias is not None:
-            residual.add_(self.bias)
-
-
-@dataclass(frozen=True)
 class _Layer:
-    qkv: _Linear
-    out: _Linear
-    gate_up: _Linear
-    down: _Linear
-    attention_norm: torch.Tensor
-    mlp_norm: torch.Tensor
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
+    attention_norm: RmsNorm
+    mlp_norm: RmsNorm
     head_norm: torch.Tensor | None
     """Weights of the norms of queries and keys, a row for each of these heads."""
 
@@ -120,10 +105,10 @@ class LeanDecoder:
         self,
         shape: Shape,
         *,
-        embedding: torch.Tensor,
+        embedding: torch.Tensor | None,
         layers: Sequence[_Layer],
-        norm: torch.Tensor,
-        head: torch.Tensor,
+        norm: RmsNorm,
+        head: Linear,
         rotations_LD: torch.Tensor,
     ) -> None:
         self.kind: Literal["lean", "modules"] = "lean"
@@ -153,23 +138,23 @@ class LeanDecoder:
         shape = Shape.of(config)
         weights = _Weights(_read_weights(folder), folder, dtype, device)
         embedding = weights["model.embed_tokens"]
-        head = (embedding if config.tie_word_embeddings else weights["lm_head"]).t().contiguous()
+        tied = config.tie_word_embeddings
         return cls(
             shape,
             # Tied weights are held once, in the layout that the head's product runs fastest with.
-            embedding=head.t() if config.tie_word_embeddings else embedding,
+            embedding=None if tied else embedding,
             layers=[weights.layer(f"model.layers.{n}.", shape) for n in range(shape.layers)],
-            norm=weights["model.norm"],
-            head=head,
+            norm=weights.norm("model.norm", shape),
+            head=Linear(embedding if tied else weights["lm_head"], None),
             rotations_LD=_rotations(config, shape, device),
         )
 
     def new_cache(self, tokens: int) -> KVCache:
         """An empty cache for this model. Raises `EngineError` if the device has no memory for it."""
-        shape, embedding = self.shape, self._embedding
+        shape = self.shape
         return KVCache(
             layers=shape.layers, kv_heads=shape.kv_heads, head_dim=shape.head_dim, capacity=tokens,
-            dtype=embedding.dtype, device=embedding.device,
+            dtype=self._head.dtype, device=self._head.device,
         )  # fmt: skip
 
     def run(self, spans: Sequence[Span], cache: KVCache, wanted: Sequence[int]) -> torch.Tensor:
@@ -180,17 +165,17 @@ class LeanDecoder:
             cache: made by `new_cache`.
             wanted: numbers of tokens of the step, the first span's first token being 0.
         """
-        hidden_NC = self._hidden(StepAttention(spans, cache, self._embedding.device))
+        hidden_NC = self._hidden(StepAttention(spans, cache, self._head.device))
         hidden_WC = hidden_NC if len(wanted) == len(hidden_NC) else hidden_NC[list(wanted)]
-        return (self._normed(hidden_WC, self._norm) @ self._head).float()
+        return self._head(self._norm(hidden_WC)).float()
 
     def _hidden(self, step: StepAttention) -> torch.Tensor:
         shape = self.shape
         scored = shape.heads + shape.kv_heads
         rotations_N1D = self._rotations_LD[step.positions_N][:, None]
-        residual_NC = F.embedding(step.tokens_N, self._embedding)
+        residual_NC = self._embed(step.tokens_N)
         for index, layer in enumerate(self._layers):
-            x_NC = self._normed(residual_NC, layer.attention_norm)
+            x_NC = layer.attention_norm(residual_NC)
             heads_NHD = layer.qkv(x_NC).view(len(x_NC), -1, shape.head_dim)
             if layer.head_norm is not None:
                 normed_NHD = F.rms_norm(heads_NHD[:, :scored], (shape.head_dim,), None, shape.norm_epsilon)
@@ -199,12 +184,12 @@ class LeanDecoder:
             step.store(index, heads_NHD[:, shape.heads :])
             queries_NKGD = heads_NHD[:, : shape.heads].unflatten(1, (shape.kv_heads, -1))
             layer.out.add_to(residual_NC, step.attend(index, queries_NKGD))
-            gate_NI, up_NI = layer.gate_up(self._normed(residual_NC, layer.mlp_norm)).chunk(2, dim=-1)
+            gate_NI, up_NI = layer.gate_up(layer.mlp_norm(residual_NC)).chunk(2, dim=-1)
             layer.down.add_to(residual_NC, F.silu(gate_NI) * up_NI)
         return residual_NC
 
-    def _normed(self, x_NC: torch.Tensor, weight_C: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x_NC, (self.shape.hidden,), weight_C, self.shape.norm_epsilon)
+    def _embed(self, tokens_N: torch.Tensor) -> torch.Tensor:
+        return self._head.rows(tokens_N) if self._embedding is None else F.embedding(tokens_N, self._embedding)
 
 
 def _rotate(heads_NHD: torch.Tensor, rotations_N1D: torch.Tensor) -> None:
@@ -253,11 +238,15 @@ class _Weights:
     ) -> None:
         self._tensors = tensors
         self._folder = folder
-        self._to = {"dtype": dtype, "device": device}
+        self._to: dict[str, Any] = {"dtype": dtype, "device": device}
 
     def __getitem__(self, module: str) -> torch.Tensor:
         """The weight of a module as it is in the file."""
         return self._raw(module).to(**self._to)
+
+    def norm(self, module: str, shape: Shape) -> RmsNorm:
+        """A norm of hidden states."""
+        return RmsNorm(self[module], shape.norm_epsilon)
 
     def layer(self, prefix: str, shape: Shape) -> _Layer:
         """One transformer layer."""
@@ -266,12 +255,12 @@ class _Weights:
         query = self._interleaved(attention + "q_proj", shape.heads, shape.head_dim**-0.5 if head_norm is None else 1.0)
         key = self._interleaved(attention + "k_proj", shape.kv_heads, 1.0)
         return _Layer(
-            qkv=self._fused([query, key, self._pair(attention + "v_proj")]),
-            out=self._fused([self._pair(attention + "o_proj")]),
-            gate_up=self._fused([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")]),
-            down=self._fused([self._pair(mlp + "down_proj")]),
-            attention_norm=self[prefix + "input_layernorm"],
-            mlp_norm=self[prefix + "post_attention_layernorm"],
+            qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._to),
+            out=Linear.of([self._pair(attention + "o_proj")], **self._to),
+            gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._to),
+            down=Linear.of([self._pair(mlp + "down_proj")], **self._to),
+            attention_norm=self.norm(prefix + "input_layernorm", shape),
+            mlp_norm=self.norm(prefix + "post_attention_layernorm", shape),
             head_norm=head_norm,
         )
 
@@ -298,8 +287,3 @@ class _Weights:
         """Weight and bias in pairs, and scaled."""
         weight, bias = self._pair(module)
         return _pairs(weight, heads) * scale, None if bias is None else _pairs(bias, heads) * scale
-
-    def _fused(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> _Linear:
-        weight = torch.cat([weight for weight, _ in parts]).to(**self._to)
-        biases = [bias for _, bias in parts if bias is not None]
-        return _Linear(weight.t().contiguous(), torch.cat(biases).to(**self._to) if biases else None)

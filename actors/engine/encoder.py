@@ -33,9 +33,12 @@ from actors.engine.encodings import (
     Task,
     spans,
 )
+from actors.engine.kernels import kernels_kind
+from actors.engine.linear import pack
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.engine.runner import check_kind, run_to_end
+from actors.engine.shortage import in_parts, no_memory
 from actors.text import ModelInput, Text
 from configs.errors import ArtifactError, EngineError, OverloadedError, RequestError
 
@@ -47,6 +50,10 @@ _TASKS: dict[str, tuple[Task, Any]] = {
     "ForTokenClassification": ("tag", AutoModelForTokenClassification),
 }
 """By the end of an architecture's name; any other embeds."""
+
+
+_Read = tuple[EncodeRequest, ModelInput]
+"""A request and its text as the model reads it."""
 
 
 class EncoderEngine:
@@ -64,10 +71,12 @@ class EncoderEngine:
         """Most tokens of a text, those included that the tokenizer puts around it."""
         self.labels: tuple[str, ...] = tuple(model.config.id2label[n] for n in sorted(model.config.id2label))
         """Names of the classes, or of the words' labels; without meaning for embeddings."""
+        self.kernels = kernels_kind(model.dtype, model.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._model = model
         self._max_queued = max_queued
         self._queue = LengthQueue(batch_tokens)
-        self._waiting: dict[str, tuple[EncodeRequest, ModelInput]] = {}
+        self._waiting: dict[str, _Read] = {}
 
     @classmethod
     def load(
@@ -107,6 +116,7 @@ class EncoderEngine:
         optional = ("pooler.",) if task == "embed" else ()
         dtype, where = placement(precision, device)
         model = load_modules(folder, auto_class, dtype=dtype, device=where, optional=optional)
+        pack(model)
         pooling = _read_pooling(folder)
         return cls(model, text, task=task, pooling=pooling, batch_tokens=batch_tokens, max_queued=max_queued)
 
@@ -125,9 +135,9 @@ class EncoderEngine:
             self._queue.remove(request_id)
 
     def step(self) -> list[EncodeEvent]:
-        """Runs one batch; its requests' events."""
+        """Runs one batch, in parts if the device has no memory for all of it at once; its requests' events."""
         batch = [self._waiting.pop(key) for key in self._queue.take()]
-        return self._run(batch) if batch else []
+        return in_parts(self._run, batch, _failed) if batch else []
 
     def encode(self, requests: Sequence[EncodeRequest]) -> list[EncodeEvent]:
         """Runs requests to their end, however many; events in the order of the requests.
@@ -179,7 +189,7 @@ class EncoderEngine:
             raise RequestError("the text is empty", param="text", allowed="at least one character")
 
     @torch.inference_mode()
-    def _run(self, batch: Sequence[tuple[EncodeRequest, ModelInput]]) -> list[EncodeEvent]:
+    def _run(self, batch: Sequence[_Read]) -> list[EncodeEvent]:
         output, mask_BT = self._forward([read for _, read in batch])
         result = (output.last_hidden_state if self.task == "embed" else output.logits).float()
         # Whatever stands at padding is nobody's.
@@ -240,6 +250,14 @@ class EncoderEngine:
                 pieces.append(Piece(start, end, self.labels[label], best))
             last = word
         return Tagging(tuple(pieces), spans(pieces))
+
+
+def _failed(read: _Read, message: str) -> list[EncodeEvent]:
+    """The event of a text that there is no memory for."""
+    request, tokens = read
+    count = len(tokens.token_ids)
+    error = no_memory(f"{count} tokens", message, "shorten the text, or give the process more memory")
+    return [EncodeEvent(request.id, None, count, tokens.truncated, "error", error)]
 
 
 def _embedding(hidden_TC: torch.Tensor, pooling: Pooling, normalize: bool) -> Embedding:

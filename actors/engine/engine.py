@@ -19,15 +19,17 @@ import torch
 import torch.nn.functional as F
 
 from actors.engine.emission import emit, wanted
+from actors.engine.kernels import kernels_kind
 from actors.engine.modules import Decoder, DecoderChoice, load_decoder
 from actors.engine.pretrained import Precision, check_vocabulary, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
 from actors.engine.runner import check_kind, run_to_end
 from actors.engine.scheduler import Scheduler, Span, Turn
 from actors.engine.sequence import Sequence
+from actors.engine.shortage import in_parts, no_memory
 from actors.engine.structured import Structures
 from actors.text import Text
-from configs.errors import EngineError, RequestError
+from configs.errors import RequestError
 
 _MIXED_PREFILL_TOKENS = 16
 """Prompt tokens in a step with a few decoding sequences, on a CPU: beside one of them they make the step of a 17M
@@ -68,6 +70,8 @@ class Engine:
         )
         rows = self._scheduler.rows
         self._cache = decoder.new_cache(capacity)
+        self.kernels = kernels_kind(self._cache.dtype, self._cache.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._cache.arrange(rows=rows.count, width=rows.width)
         self.tokens_run = 0
         """Tokens that went through the model; those found in the cache did not."""
@@ -219,41 +223,28 @@ class Engine:
 
     def _run(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
         """Runs turns and draws from their logits; in parts if the device has no memory for all of them at once."""
-        try:
-            with torch.inference_mode():
-                logits = self._decoder.run([turn.span for turn in turns], self._cache, wanted(turns))
-            events = emit(logits, turns)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            shortage = str(error)
-        else:
-            for turn in turns:
-                turn.sequence.cached = turn.span.stop
-                self.tokens_run += len(turn.span.tokens)
-            return events
-        # Nothing has changed but rows behind what is `cached`, so that turns can be run again. This is not done in
-        # the handler, where the error would keep the failed attempt's tensors.
-        if len(turns) > 1:
-            half = len(turns) // 2
-            return self._run(turns[:half]) + self._run(turns[half:])
-        turn, span = turns[0], turns[0].span
+        return in_parts(self._run_once, turns, self._run_piece)
+
+    def _run_once(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
+        """Nothing has changed but rows behind what is `cached` if this runs out of memory."""
+        with torch.inference_mode():
+            logits = self._decoder.run([turn.span for turn in turns], self._cache, wanted(turns))
+        events = emit(logits, turns)
+        for turn in turns:
+            turn.sequence.cached = turn.span.stop
+            self.tokens_run += len(turn.span.tokens)
+        return events
+
+    def _run_piece(self, turn: Turn, message: str) -> list[tuple[Turn, TokenEvent]]:
+        """Half of a turn that is too long; the rest is scheduled again."""
+        span = turn.span
         if len(span.tokens) > 1:
             return self._run([replace(turn, span=replace(span, tokens=span.tokens[: len(span.tokens) // 2]))])
-        failure = EngineError(
-            "no memory to go on with this request",
-            received=f"position {span.start}: {shortage.splitlines()[0]}",
-            next_step="lower cache_tokens or max_sequences, or shorten the prompt",
-        )
-        return [(turn, turn.sequence.fail(failure))]
+        remedy = "lower cache_tokens or max_sequences, or shorten the prompt"
+        return [(turn, turn.sequence.fail(no_memory(f"position {span.start}", message, remedy)))]
 
     def _forget(self, sequences: Items[Sequence]) -> None:
         if sequences:
             self._scheduler.remove(sequences)
         for sequence in sequences:
             del self._sequences[sequence.request.id]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """PyTorch has a type for this on a GPU, and only a message on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
 from actors.engine.decoder import LeanDecoder, obstacle
+from actors.engine.linear import pack
 from actors.engine.pretrained import load_modules, read_config
 from actors.engine.scheduler import Span
 from configs.errors import ArtifactError
@@ -118,6 +119,7 @@ class ModulesDecoder:
             except (ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
                 raise _unsupported(folder, f"its attention cannot be replaced: {error}") from error
             decoder = cls(model, **probe.geometry(folder, model))
+            pack(model)
             difference = decoder._difference(tokens, expected)
         if not difference <= _TOLERANCE[dtype]:
             raise _unsupported(

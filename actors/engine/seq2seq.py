@@ -25,6 +25,8 @@ from actors.engine import seq2seq_weights
 from actors.engine.batching import LengthQueue
 from actors.engine.cache import KVCache
 from actors.engine.emission import emit, wanted
+from actors.engine.kernels import kernels_kind
+from actors.engine.linear import pack
 from actors.engine.padding import padded, present
 from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
 from actors.engine.request import Completion, Request, TokenEvent
@@ -32,6 +34,7 @@ from actors.engine.runner import check_kind, run_to_end
 from actors.engine.scheduler import Scheduler, Turn
 from actors.engine.seq2seq_decoder import Seq2SeqDecoder
 from actors.engine.sequence import Sequence
+from actors.engine.shortage import in_parts, no_memory
 from actors.engine.sources import Source, SourceRows
 from actors.engine.structured import Structures
 from actors.text import Text
@@ -108,6 +111,8 @@ class Seq2SeqEngine:
         """Compiles what texts are held to; any thread may have it do so ahead of a request."""
         self.context_length = context_length
         """Most tokens of a source, and of a target with those that it begins with."""
+        self.kernels = kernels_kind(decoder.dtype, decoder.device)
+        """What runs the products: `compiled` functions, or `torch`."""
         self._encoder = encoder
         self._decoder = decoder
         self._frame = frame
@@ -179,6 +184,7 @@ class Seq2SeqEngine:
         model = load_modules(folder, AutoModelForSeq2SeqLM, dtype=dtype, device=where)
         with torch.no_grad():
             decoder = _BUILDERS[config.model_type](model, window)
+        pack(model.get_encoder())
         return cls(
             model.get_encoder(),
             decoder,
@@ -221,13 +227,13 @@ class Seq2SeqEngine:
         events = list(self._ready.values())
         self._ready.clear()
         self._seat()
-        self._read()
+        events += self._read()
         step = self._scheduler.schedule()
         self._cache.obey(step.commands)
         if not step.turns:
             return events
-        ended: list[Target] = []
-        for turn, event in emit(self._run(step.turns), step.turns):
+        ended: list[Sequence] = []
+        for turn, event in self._run(step.turns):
             target = turn.sequence
             length = len(self._flights[event.request_id].source.tokens)
             if event.finish_reason == "stop" and len(target.tokens) == target.max_tokens and self._forces(target):
@@ -296,37 +302,62 @@ class Seq2SeqEngine:
             seated += 1
         self._cross_cache.obey(self._source_rows.take_commands())
 
+    def _read(self) -> list[TokenEvent]:
+        """Has the encoder read a batch of sources, whose targets can begin then; events of those it cannot read."""
+        batch = self._unread.take()
+        return in_parts(self._read_once, batch, self._unreadable) if batch else []
+
     @torch.inference_mode()
-    def _read(self) -> None:
-        """Has the encoder read a batch of sources, whose targets can begin then."""
-        batch = [self._flights[key] for key in self._unread.take()]
-        if not batch:
-            return
-        tokens = [flight.source.tokens for flight in batch]
+    def _read_once(self, batch: Items[str]) -> list[TokenEvent]:
+        flights = [self._flights[key] for key in batch]
+        tokens = [flight.source.tokens for flight in flights]
         device = self._decoder.device
         mask_BT = present(tokens, device)
         output = self._encoder(input_ids=padded(tokens, 0, device), attention_mask=mask_BT.long())
         hidden_SC = output.last_hidden_state[mask_BT].to(self._decoder.dtype)
-        self._decoder.read_sources(hidden_SC, [flight.source for flight in batch], self._cross_cache)
-        for flight in batch:
+        self._decoder.read_sources(hidden_SC, [flight.source for flight in flights], self._cross_cache)
+        for flight in flights:
             self._scheduler.add(flight.target, bounded=False)
+        return []
+
+    def _unreadable(self, request_id: str, message: str) -> list[TokenEvent]:
+        """The end of a request whose source there is no memory for."""
+        flight = self._flights[request_id]
+        length = len(flight.source.tokens)
+        error = no_memory(f"a source of {length} tokens", message, "shorten the source")
+        self._forget(request_id)
+        return [replace(flight.target.fail(error), prompt_tokens=length)]
+
+    def _run(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
+        """Runs turns and draws from their logits; in parts if the device has no memory for all of them at once."""
+        return in_parts(self._run_once, turns, self._run_piece)
 
     @torch.inference_mode()
-    def _run(self, turns: Items[Turn]) -> torch.Tensor:
-        """Runs a step; the logits that `emit` needs."""
+    def _run_once(self, turns: Items[Turn]) -> list[tuple[Turn, TokenEvent]]:
+        """Nothing has changed but rows behind what is `cached` if this runs out of memory."""
         sources = [self._flights[turn.sequence.request.id].source for turn in turns]
         hidden_NC = self._decoder.forward([turn.span for turn in turns], sources, self._cache, self._cross_cache)
-        for turn in turns:
-            turn.sequence.cached = turn.span.stop
         rows = wanted(turns)
         logits_NV = self._decoder.logits(hidden_NC if len(rows) == len(hidden_NC) else hidden_NC[rows])
-        due = [turn.sequence for turn in turns if turn.completes]
-        for row, target in enumerate(due):
-            if len(target.tokens) + 1 == target.max_tokens and self._forces(target):
+        # A turn has one row of logits, that of its last token, as targets' beginnings are not scored.
+        for row, turn in enumerate(turns):
+            target = turn.sequence
+            if turn.completes and len(target.tokens) + 1 == target.max_tokens and self._forces(target):
                 only_V = torch.full_like(logits_NV[row], float("-inf"))
                 only_V[list(self._frame.last)] = 0
                 logits_NV[row] += only_V
-        return logits_NV
+        events = emit(logits_NV, turns)
+        for turn in turns:
+            turn.sequence.cached = turn.span.stop
+        return events
+
+    def _run_piece(self, turn: Turn, message: str) -> list[tuple[Turn, TokenEvent]]:
+        """Half of a turn that is too long; the rest is scheduled again."""
+        span = turn.span
+        if len(span.tokens) > 1:
+            return self._run([replace(turn, span=replace(span, tokens=span.tokens[: len(span.tokens) // 2]))])
+        remedy = "lower cache_tokens or max_sequences, or shorten the source"
+        return [(turn, turn.sequence.fail(no_memory(f"position {span.start}", message, remedy)))]
 
     def _forces(self, target: Sequence) -> bool:
         """Whether a target's last token is made an end token, unless the request has a say in that itself."""

@@ -1,8 +1,9 @@
 """The decoder of encoder-decoder models, over the tokens of one engine step: the T5 and the BART shape.
 
-The linear layers run once over all tokens of a step, whatever sequences they belong to; attention runs over one block
-of the cache for all sequences that decode, and by itself for each that has several tokens to run. Logits equal those
-of `transformers` up to rounding. Weights are taken from its modules and laid out anew.
+The linear layers run once over all tokens of a step, whatever sequences they belong to, and so does attention by the
+compiled kernel. Where there is none, attention runs over one block of the cache for all sequences that decode, and by
+itself for each that has several tokens to run. Logits equal those of `transformers` up to rounding. Weights are taken
+from its modules and laid out anew.
 
 Shape suffixes: N token of the step, R row of a cache, T token of a row, L position in the cache, C hidden, H head,
 D head dim, S token of a source, V vocabulary.
@@ -14,43 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from actors.engine.cache import KVCache
+from actors.engine.kernels import kernels_for
+from actors.engine.linear import Linear
 from actors.engine.scheduler import Span
 from actors.engine.sources import Source
 
 _HIDDEN = float("-inf")
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A weight transposed for `addmm`: with few rows, twice as fast on CPU as the layout of `nn.Linear`."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @classmethod
-    def fused(cls, modules: Sequence[Any], scales: Sequence[float] = (), **to: Any) -> Self:
-        """Several `nn.Linear` of the same input side by side, each times its scale."""
-        parts = list(zip(modules, scales or [1.0] * len(modules), strict=True))
-        weight = torch.cat([module.weight.float() * scale for module, scale in parts])
-        biases = [
-            (weight.new_zeros(module.out_features) if module.bias is None else module.bias.float()) * scale
-            for module, scale in parts
-        ]
-        biased = any(module.bias is not None for module in modules)
-        return cls(weight.t().contiguous().to(**to), torch.cat(biases).to(**to) if biased else None)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` times the weight, plus the bias."""
-        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
 
 
 @dataclass(frozen=True)
@@ -118,17 +97,17 @@ class Seq2SeqDecoder:
         self._head = head
         # The last column is for what comes later than the token itself.
         self._bias_HL = F.pad(bias_HL, (0, 1), value=_HIDDEN)
-        self._activate = ACT2FN[shape.activation]
+        self._activate = _activation(shape.activation)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of weights, activations and caches."""
-        return self._cross.weight.dtype
+        return self._cross.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the forward pass runs."""
-        return self._cross.weight.device
+        return self._cross.device
 
     def read_sources(self, hidden_SC: torch.Tensor, sources: Sequence[Source], cross_cache: KVCache) -> None:
         """Stores what the encoder made of some sources, one after the other, as keys and values of every layer."""
@@ -180,6 +159,11 @@ class Seq2SeqDecoder:
         return x_NC + added_NC if self.shape.pre_norm else norm(x_NC + added_NC)
 
 
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Of that name in `transformers`, whose own `gelu_new` is seven operations for what torch does in one."""
+    return partial(F.gelu, approximate="tanh") if name == "gelu_new" else ACT2FN[name]
+
+
 @dataclass(frozen=True)
 class _Block:
     """Tokens that attend together: one or more for each of some consecutive rows of a cache."""
@@ -211,10 +195,36 @@ class _Step:
     """The tensors that all layers share in one step, and attention over them."""
 
     def __init__(self, spans: Sequence[Span], sources: Sequence[Source], bias_HL: torch.Tensor) -> None:
-        device = bias_HL.device
-        self.tokens_N = torch.tensor([token for s in spans for token in s.tokens], device=device)
-        self.positions_N = torch.tensor([position for s in spans for position in range(s.start, s.stop)], device=device)
-        self.rows_N = torch.tensor([s.row for s in spans for _ in s.tokens], device=device)
+        tokens = [token for span in spans for token in span.tokens]
+        positions = [position for span in spans for position in range(span.start, span.stop)]
+        rows = [span.row for span in spans for _ in span.tokens]
+        self.tokens_N, self.positions_N, self.rows_N = torch.tensor([tokens, positions, rows], device=bias_HL.device)
+        self._kernels = kernels_for(bias_HL.dtype, bias_HL.device)
+        if self._kernels is None:
+            self._set_blocks(spans, sources, bias_HL)
+            return
+        of_tokens = [source for span, source in zip(spans, sources, strict=True) for _ in span.tokens]
+        source_rows, lengths = [source.row for source in of_tokens], [len(source.tokens) for source in of_tokens]
+        self._bias_HL = bias_HL
+        self._own_places = self.rows_N, self.positions_N + 1, max(positions) + 1
+        self._source_places = torch.tensor(source_rows), torch.tensor(lengths), max(lengths)
+
+    def attend(self, queries_NHD: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        """Attention of each token over its own sequence up to itself; [N, H * D]."""
+        if self._kernels is None:
+            return _joined([block.attend(queries_NHD, cache, layer) for block in self._own])
+        cached = cache.rows(layer, slice(None), self._own_places[2])
+        bias_HL = self._bias_HL.expand(queries_NHD.shape[1], -1)
+        return self._kernels.attend(queries_NHD, *cached, *self._own_places, bias_HL=bias_HL)
+
+    def attend_source(self, queries_NHD: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
+        """Attention of each token over its sequence's source; [N, H * D]."""
+        if self._kernels is None:
+            return _joined([block.attend(queries_NHD, cache, layer) for block in self._cross])
+        cached = cache.rows(layer, slice(None), self._source_places[2])
+        return self._kernels.attend(queries_NHD, *cached, *self._source_places)
+
+    def _set_blocks(self, spans: Sequence[Span], sources: Sequence[Source], bias_HL: torch.Tensor) -> None:
         decoding = next((n for n, s in enumerate(spans) if len(s.tokens) > 1), len(spans))
         self._own: list[_Block] = []
         self._cross: list[_Block] = []
@@ -228,14 +238,6 @@ class _Step:
             self._own.append(_own_block([span], tokens, self.positions_N, bias_HL))
             self._cross.append(_source_block([source], tokens, bias_HL))
             first = tokens.stop
-
-    def attend(self, queries_NHD: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        """Attention of each token over its own sequence up to itself; [N, H * D]."""
-        return _joined([block.attend(queries_NHD, cache, layer) for block in self._own])
-
-    def attend_source(self, queries_NHD: torch.Tensor, cache: KVCache, layer: int) -> torch.Tensor:
-        """Attention of each token over its sequence's source; [N, H * D]."""
-        return _joined([block.attend(queries_NHD, cache, layer) for block in self._cross])
 
 
 def _own_block(spans: Sequence[Span], tokens: slice, positions_N: torch.Tensor, bias_HL: torch.Tensor) -> _Block:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from actors.engine.seq2seq_decoder import Layer, Linear, Norm, Seq2SeqDecoder, Shape
+from actors.engine.linear import Linear, RmsNorm
+from actors.engine.seq2seq_decoder import Layer, Norm, Seq2SeqDecoder, Shape
 
 
 def t5(model: Any, target_length: int) -> Seq2SeqDecoder:
@@ -101,7 +102,6 @@ def bart(model: Any, target_length: int) -> Seq2SeqDecoder:
     def embed(tokens_N: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor:
         return embedding_norm(F.embedding(tokens_N, embedding) * scale + table[positions_N])
 
-    head = Linear.fused([model.lm_head], **to)
     cross = [part for module in stack.layers for part in (module.encoder_attn.k_proj, module.encoder_attn.v_proj)]
     return Seq2SeqDecoder(
         shape,
@@ -109,14 +109,13 @@ def bart(model: Any, target_length: int) -> Seq2SeqDecoder:
         cross=Linear.fused(cross, **to),
         embed=embed,
         norm=lambda x_NC: x_NC,
-        head=Linear(head.weight, model.final_logits_bias[0].to(**to)),
+        head=Linear.of([(model.lm_head.weight, model.final_logits_bias[0])], **to),
         bias_HL=torch.zeros(1, target_length, **to),
     )
 
 
 def _rms(module: Any, to: dict[str, Any]) -> Norm:
-    weight, epsilon = module.weight.to(**to), module.variance_epsilon
-    return lambda x_NC: F.rms_norm(x_NC, weight.shape, weight, epsilon)
+    return RmsNorm(module.weight.to(**to), module.variance_epsilon)
 
 
 def _layer_norm(module: Any, to: dict[str, Any]) -> Norm:

@@ -1,0 +1,127 @@
+"""Linear layers for steps of few rows, and norms: on the compiled kernels where there are any, on torch elsewhere."""
+
+# ruff: noqa: N803, N806 - names end in the shape of their tensor: N row, C in, O out
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+from actors.engine.kernels import kernels_for
+
+
+class Linear:
+    """A weight [O, C] and a bias, laid out for products with few rows."""
+
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+        self.out_features = len(weight_OC)
+        self.dtype, self.device = weight_OC.dtype, weight_OC.device
+        self._bias = bias_O
+        self._kernels = kernels_for(self.dtype, self.device)
+        if self._kernels is None:
+            # With few rows, twice as fast on a CPU as the layout of `nn.Linear`.
+            self._weight = weight_OC.t().contiguous()
+        else:
+            padded_OC = F.pad(weight_OC, (0, 0, 0, -self.out_features % self._kernels.panel))
+            self._weight = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2).contiguous()
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], *, dtype: torch.dtype, device: torch.device
+    ) -> Self:
+        """Several layers of the same input side by side, each a weight [out, in] and a bias or none."""
+        weight_OC = torch.cat([weight for weight, _ in parts]).to(dtype=dtype, device=device)
+        if all(bias is None for _, bias in parts):
+            return cls(weight_OC, None)
+        biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
+        return cls(weight_OC, torch.cat(biases).to(dtype=dtype, device=device))
+
+    @classmethod
+    def fused(cls, modules: Sequence[Any], scales: Sequence[float] = (), **to: Any) -> Self:
+        """Several `nn.Linear` of the same input side by side, each times its scale."""
+        parts = [
+            (module.weight.float() * scale, None if module.bias is None else module.bias.float() * scale)
+            for module, scale in zip(modules, scales or [1.0] * len(modules), strict=True)
+        ]
+        return cls.of(parts, **to)
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        """[N, O]: `x_NC` times the weight, plus the bias."""
+        if self._kernels is None:
+            return x_NC @ self._weight if self._bias is None else torch.addmm(self._bias, x_NC, self._weight)
+        count, bias = len(x_NC), self._bias
+        out_NO = x_NC.new_empty(count, self.out_features) if bias is None else bias.repeat(count, 1)
+        self._kernels.product(x_NC.contiguous(), self._weight, out_NO, add=self._bias is not None)
+        return out_NO
+
+    def add_to(self, residual_NO: torch.Tensor, x_NC: torch.Tensor) -> None:
+        """Adds what the layer makes of `x_NC` to `residual_NO`, contiguous, in place."""
+        if self._bias is not None:
+            residual_NO.add_(self._bias)
+        if self._kernels is None:
+            residual_NO.addmm_(x_NC, self._weight)
+        else:
+            self._kernels.product(x_NC.contiguous(), self._weight, residual_NO, add=True)
+
+    def rows(self, indices_N: torch.Tensor) -> torch.Tensor:
+        """The weights [N, C] of some outputs: what an embedding looks up that is tied to its head."""
+        if self._kernels is None:
+            return F.embedding(indices_N, self._weight.t())
+        wide = self._kernels.panel
+        found_NC: torch.Tensor = self._weight[indices_N // wide, :, indices_N % wide]
+        return found_NC
+
+
+class RmsNorm:
+    """Root mean square normalisation over the last dimension."""
+
+    def __init__(self, weight_C: torch.Tensor, epsilon: float) -> None:
+        self._weight_C = weight_C
+        self._epsilon = epsilon
+        self._kernels = kernels_for(weight_C.dtype, weight_C.device)
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        """`x_NC`, normalised and times the weight."""
+        if self._kernels is None:
+            return F.rms_norm(x_NC, self._weight_C.shape, self._weight_C, self._epsilon)
+        return self._kernels.rms_norm(x_NC, self._weight_C, self._epsilon)
+
+
+class PackedLinear(torch.nn.Module):
+    """Stands for an `nn.Linear` inside a model of `transformers`."""
+
+    weight = None
+    """Some modules ask for the type of a neighbour's weight, and take None for one that needs no conversion."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self._linear = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., O] of [..., C]."""
+        return self._linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def pack(model: torch.nn.Module) -> None:
+    """Lays out the linear layers of a model anew for the compiled kernels, where it can use them.
+
+    A head that is tied to an embedding is held twice then.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            parts = _linear_parts(child)
+            if parts is not None and kernels_for(parts[0].dtype, parts[0].device) is not None:
+                setattr(module, name, PackedLinear(Linear(*parts)))
+
+
+def _linear_parts(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+    """Weight [out, in] and bias of what is a linear layer and nothing more; None for anything else."""
+    if type(module) is torch.nn.Linear:
+        return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if type(module) is Conv1D:
+        return module.weight.detach().t(), module.bias.detach()
+    return None
