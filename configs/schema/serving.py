@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from configs.schema.base import Config, Input, placement
 
-
 KEY_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
