@@ -37,6 +37,7 @@ def task(tmp_path: Path) -> str:
     return str(tmp_path / "task.yaml")
 
 
+@pytest.mark.slow
 def test_show_prints_the_prompt_that_fits_the_model(
     ganymede: Ganymede, task: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
@@ -47,6 +48,14 @@ def test_show_prints_the_prompt_that_fits_the_model(
     assert fitted["prompt"].startswith("Judge.\n\nobject ")
     assert fitted["prompt"].endswith("object 11? good\n\nit dumps?")
     assert fitted["answer"] == ["yes"]
+
+
+def test_show_prints_a_prompt_with_its_examples(ganymede: Ganymede, task: str, tmp_path: Path) -> None:
+    template = str(tmp_path / "mine.yaml")
+    shown = ganymede("prompt", "show", template, "--task", task, "--shots", "2", "--strategy", "fixed", "--item", "1")
+    assert shown.stdout == "Judge.\n\nobject 0? no\n\nobject 1? good\n\nit fails?\n"
+    chat = ganymede("prompt", "show", template, "--task", task, "--chat")
+    assert chat.stdout == "user: Judge.\n\nit dumps?\n"
 
 
 def test_write_makes_a_training_set_without_what_is_scored(ganymede: Ganymede, task: str, tmp_path: Path) -> None:
