@@ -33,6 +33,11 @@ def word_for(template: PromptTemplate, answer: str) -> str:
     return template.words.get(answer, answer)
 
 
+def render_answer(template: PromptTemplate, answer: str) -> str:
+    """What follows a prompt that is a text: the delimiter and the answer."""
+    return template.delimiter + word_for(template, answer)
+
+
 def render_completion(template: PromptTemplate, fields: Mapping[str, Any], examples: Sequence[Example] = ()) -> str:
     """A text whose continuation, after the delimiter, is the answer.
 
@@ -41,10 +46,7 @@ def render_completion(template: PromptTemplate, fields: Mapping[str, Any], examp
     Raises:
         DataError: a record lacks a field.
     """
-    shown = [
-        _filled(template, example.fields) + template.delimiter + word_for(template, example.answer)
-        for example in examples
-    ]
+    shown = [_filled(template, example.fields) + render_answer(template, example.answer) for example in examples]
     parts = [fill(part, {}) for part in (template.system, template.instruction) if part]
     return template.separator.join([*parts, *shown, _filled(template, fields)])
 

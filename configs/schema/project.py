@@ -11,6 +11,7 @@ from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
 from configs.schema.evaluation import EvaluateConfig, RegisterConfig, TasksConfig
 from configs.schema.examples import BaselineConfig, ExamplesConfig
+from configs.schema.prompting import SweepConfig
 from configs.schema.serving import DeployConfig
 from configs.schema.training import FinetuneConfig, PretrainConfig
 
@@ -26,6 +27,7 @@ StageConfig = Annotated[
     | FinetuneConfig
     | EvaluateConfig
     | TasksConfig
+    | SweepConfig
     | CompareConfig
     | RegisterConfig
     | DeployConfig,

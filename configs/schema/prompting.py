@@ -7,11 +7,15 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, model_validator
 
 from configs.artifacts import hash_json
-from configs.schema.base import Config
+from configs.schema.base import Config, InputMarker, placement
+from configs.schema.model import is_folder
 from configs.schema.tasks import Task, fields_of
 
 ANSWER = "answer"
 """The field of the right answer, which `prompt` may not hold."""
+
+TASK_TEMPLATE = "task"
+"""Names the template that a task's own file holds."""
 
 Strategy = Literal["fixed", "random", "balanced", "bm25", "embedding"]
 
@@ -88,7 +92,7 @@ class ExampleSelection(Config):
     `embedding`: those nearest to the item, by their words or by the vectors of an encoder; the nearest stands last."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Draws the examples, and orders `random` and `balanced` ones."""
-    encoder: str | None = None
+    encoder: str | None = placement(None)
     """Of `embedding`, the folder of an encoder that gives a text a vector."""
 
     @model_validator(mode="after")
@@ -103,3 +107,61 @@ def _check_braces(name: str, template: str) -> None:
         fields_of(template)
     except ValueError as error:
         raise ValueError(f"{name} is no template: {error}; write {{{{ and }}}} for braces") from None
+
+
+class Drawing(Config):
+    """How answers are drawn; the rest of the sampling is the task's."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """0 takes the likeliest token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Model = Annotated[str, InputMarker(unless=is_folder), Field(min_length=1)]
+"""A stage, an artifact, or a folder that begins with `/`, `.` or `~`."""
+
+
+class SweepConfig(Config):
+    """Stage `sweep`: what prompting is worth. Every model is asked with every template, number of examples and way to
+    draw, on the same items; fine-tuned models stand beside them.
+    """
+
+    kind: Literal["sweep"] = "sweep"
+    models: Annotated[dict[Label, Model], Field(min_length=1)]
+    """Decoders to prompt, by their names in the report."""
+    references: dict[Label, Model] = Field(default_factory=dict)
+    """Models that were trained for the task: encoders by their head, decoders asked as the task's file says."""
+    task: str = placement(...)
+    """A packaged task by name, any other by the path of its file. It has choices, or its answers are generated."""
+    templates: Annotated[tuple[str, ...], Field(min_length=1)] = placement((TASK_TEMPLATE,))
+    """Packaged templates by name, others by path; `task` is what the task's own file says."""
+    shots: Annotated[tuple[Annotated[int, Field(ge=0, le=64)], ...], Field(min_length=1)] = (0, 1, 2, 3, 5, 8)
+    """Numbers of examples, rising."""
+    sampling: Annotated[dict[Label, Drawing], Field(min_length=1)] = Field({"greedy": Drawing()})
+    examples: ExampleSelection = ExampleSelection()
+    held_to_choices: bool = True
+    """Whether answers of a task with choices can be nothing but these; otherwise an answer that begins with none is
+    wrong."""
+    chat: bool = False
+    """Whether prompts go through the models' chat templates."""
+    target: float | None = None
+    """The score that is wanted, as the task's first metric gives it; unset: that of the best reference."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Items that are asked, the first ones by the hash of their content; all unless set."""
+    max_sequences: Annotated[int, Field(ge=1)] = 32
+    """Answers generated together. It counts as content: the rounding of matrix products depends on it."""
+
+    @model_validator(mode="after")
+    def _is_a_sweep(self) -> Self:
+        if list(self.shots) != sorted(set(self.shots)):
+            raise ValueError(f"shots: received {', '.join(map(str, self.shots))}; allowed: rising numbers")
+        if len(set(self.templates)) < len(self.templates):
+            raise ValueError("templates: one is named twice")
+        both = sorted(set(self.models) & set(self.references))
+        if both:
+            raise ValueError(f"models and references have names of their own: {', '.join(both)} is in both")
+        return self

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from infra.cli.models import MODEL_HELP, find_model_folder
-from infra.cli.output import Debug, Json, err, print_json, print_table, say
-from infra.cli.progress import RunProgress
-from infra.cli.run import TRACKER_CLOSE_SECONDS
+from infra.cli.alone import label_of, model_reference, run_alone
+from infra.cli.models import MODEL_HELP
+from infra.cli.output import Debug, Json, print_json, print_table, say
 from infra.local import route_logs, state_home
 
 if TYPE_CHECKING:
-    from actors.store.artifacts import ArtifactStore
-    from configs.schema.project import Recipe
     from pipelines.evaluation.comparing import Comparison
     from pipelines.evaluation.task_report import TasksReport
-    from pipelines.runner import RunReport
 
-_RECIPE = "evaluate"
+_PROJECT = "evaluate"
 
 
 def evaluate(
@@ -57,15 +52,11 @@ def evaluate(
     route_logs(home)
     from actors.store.artifacts import ArtifactStore
 
-    store = ArtifactStore(home / "artifacts")
     label, reference = _reference(model, endpoint, home)
-    recipe = _recipe(
-        store, label, {"models": {label: reference}, "tasks": task, "shots": shots, "limit": limit, "chat": chat,
-                       "seed": seed}
-    )  # fmt: skip
-    made = _run(recipe, store, home, tracker)
-    outcome = made.outcomes[0]
-    artifact = store.get(str(outcome.ref))
+    stage = {"kind": "tasks", "models": {label: reference}, "tasks": task, "shots": shots, "limit": limit, "chat": chat,
+             "seed": seed}  # fmt: skip
+    outcome = run_alone(_PROJECT, label, stage, home, tracker)
+    artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))
     from pipelines.evaluation.task_report import PAGE, TasksReport
 
     report = TasksReport.load(artifact.path)
@@ -115,46 +106,8 @@ def compare(
 def _reference(model: str, endpoint: str | None, home: Path) -> tuple[str, str]:
     """What the report calls the model, and what the stage is told."""
     if endpoint is not None:
-        return _label(model), f"{endpoint.rstrip('/')}#{model}"
-    found = find_model_folder(model, home)
-    if found.ref is None:
-        return _label(found.folder.resolve().name), str(found.folder.resolve())
-    return _label(found.ref.partition("/")[2]), found.ref
-
-
-def _label(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:40] or "model"
-
-
-def _recipe(store: ArtifactStore, label: str, stage: dict[str, Any]) -> Recipe:
-    """The recipe of one stage; of a version that nothing stands under, unless it is what the stage would make."""
-    from pydantic import ValidationError
-
-    from configs.errors import ConfigError
-    from configs.schema.project import Recipe
-
-    version = max(store.versions("report", f"{_RECIPE}-{label}"), default=0) + 1
-    try:
-        return Recipe.model_validate(
-            {"name": _RECIPE, "version": version, "stages": {label: {"kind": "tasks", **stage}}}
-        )
-    except ValidationError as error:
-        raise ConfigError(f"the options do not go together: {error.errors()[0]['msg']}") from error
-
-
-def _run(recipe: Recipe, store: ArtifactStore, home: Path, tracker: Literal["mlflow", "jsonl", "none"]) -> RunReport:
-    with RunProgress(err()) as progress:
-        from actors.store.tracker import open_tracker
-        from infra.stages import STAGES
-        from pipelines.runner import Runner
-
-        tracking = open_tracker(tracker, home, recipe.name)
-        try:
-            return Runner(recipe, store, tracking, home, STAGES, progress).run()
-        finally:
-            unsent = tracking.close(TRACKER_CLOSE_SECONDS)
-            if unsent:
-                say(f"{unsent} records wait on disk for the tracking server; the next run sends them")
+        return label_of(model), f"{endpoint.rstrip('/')}#{model}"
+    return model_reference(model, home)
 
 
 def _show(report: TasksReport) -> None:

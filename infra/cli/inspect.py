@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from infra.cli.files import write_file
 from infra.cli.models import MODEL_HELP, find_model_folder, find_tokenizer_folder
 from infra.cli.output import Debug, Json, err, print_json, print_table, say
 from infra.local import route_logs, state_home
@@ -77,7 +78,7 @@ def next_token(
     if png is not None:
         from pipelines.prompting.pictures import next_token_picture
 
-        _write(png, next_token_picture(result))
+        write_file(png, next_token_picture(result))
     if as_json:
         print_json({"model": found.name, "digest": found.digest, "prompt": text, **result.model_dump()})
         return
@@ -158,11 +159,11 @@ def attention(
 
         for one in maps:
             path = png if len(maps) == 1 else png.with_stem(f"{png.stem}-{one.kind}")
-            _write(path, attention_picture(one, layer=layer, head=head))
+            write_file(path, attention_picture(one, layer=layer, head=head))
     if page is not None:
         from pipelines.prompting.attention_page import attention_page
 
-        _write(page, attention_page(maps, found.name).encode())
+        write_file(page, attention_page(maps, found.name).encode())
     summaries = {one.kind: head_summaries(one) for one in maps}
     if as_json:
         print_json({"model": found.name, "digest": found.digest, "maps": {
@@ -213,7 +214,7 @@ def embeddings(
     if png is not None:
         from pipelines.prompting.pictures import embeddings_picture
 
-        _write(png, embeddings_picture(view))
+        write_file(png, embeddings_picture(view))
     if as_json:
         print_json({"model": found.name, "digest": found.digest, **view.model_dump()})
         return
@@ -233,17 +234,6 @@ def _begin() -> Path:
 
 def _given(text: str) -> str:
     return sys.stdin.read() if text == "-" else text
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Raises `StorageError` if the file cannot be written."""
-    from configs.errors import StorageError
-
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}", next_step="name another file") from error
-    say(f"wrote {path}")
 
 
 def _require_decoder(folder: Path) -> None:

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from infra.cli.files import write_file
 from infra.cli.models import MODEL_HELP, find_model_folder
 from infra.cli.output import Debug, Json, print_json, print_table, say
 from infra.local import route_logs, state_home
 
 if TYPE_CHECKING:
     from configs.schema.prompting import PromptTemplate
+    from configs.schema.tasks import Task as TaskFile
+    from pipelines.prompting.sweep_report import SweepReport
 
 app = typer.Typer(
     help="Prompt templates: list, show, register; and what prompting is worth.",
@@ -23,7 +26,8 @@ app = typer.Typer(
 Template = Annotated[
     str,
     typer.Argument(
-        metavar="TEMPLATE", help="A packaged template by name, a YAML file, or prompts:/NAME/VERSION of the registry."
+        metavar="TEMPLATE",
+        help="A packaged template by name, a YAML file, prompts:/NAME/VERSION or task (the task's own).",
     ),
 ]
 Task = Annotated[str, typer.Option(metavar="TASK", help="A packaged task by name, or a YAML file.")]
@@ -74,7 +78,8 @@ def show(
     from pipelines.prompting.examples import Chooser, Pool, fit_prompt
 
     selection = ExampleSelection(strategy=strategy, seed=seed)
-    read, asked = _find(template, home), load_task(task)
+    asked = load_task(task)
+    read = _find(template, home, asked)
     items = load_items(asked)
     if item >= len(items):
         raise InputError("--item: the task has no such one", received=item, allowed=f"0 to {len(items) - 1}")
@@ -84,9 +89,12 @@ def show(
     facts: dict[str, object] = {"template": read.name, "version": read.digest, "examples": len(examples)}
     if model is not None:
         from actors.engine.engine import Engine
+        from configs.schema.prompting import Drawing
+        from pipelines.prompting.cells import Way, sampling_of
 
         engine = Engine.load(find_model_folder(model, home).folder, max_sequences=1)
-        room = engine.context_length - asked.answering.max_new_tokens
+        way = Way(read, shots, Drawing(), chat=chat, held_to_choices=True)
+        room = engine.context_length - sampling_of(asked, items[item], way).max_new_tokens
         fitted = fit_prompt(engine.text, read, items[item], examples, chat=chat, room=room)
         examples = fitted.examples
         facts |= {"examples": len(examples), "asked": fitted.asked, "tokens": len(fitted.token_ids), "room": room}
@@ -125,18 +133,159 @@ def register(template: Template, as_json: Json = False, debug: Debug = False) ->
     say(f"version {found.version}, digest {found.digest}" + ("" if found.new else ", stood already"))
 
 
+@app.command()
+def write(
+    template: Template,
+    task: Task,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSON lines are written here.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Writes a task's training split as a template asks it, each item with its answer, to train a decoder on.
+
+    Each line has `text`, and apart `prompt` and `completion`. Items whose content is scored are left out, so are
+    repetitions. A corpus of format jsonl reads the file, and a pretrain stage goes on with it from a model that stands.
+
+    Example: ganymede prompt write sentiment-question --task sst2 --out sentiment.jsonl
+    """
+    home = _begin()
+    import json
+
+    from configs.load import load_task
+    from configs.prompts import render_answer, render_completion
+    from pipelines.evaluation.items import load_items
+    from pipelines.prompting.examples import Pool
+
+    asked = load_task(task)
+    read = _find(template, home, asked)
+    pool = Pool.of(load_items(asked, "train"), load_items(asked))
+    lines = []
+    for one in pool.items:
+        prompt, completion = render_completion(read, one.fields), render_answer(read, one.answer)
+        record = {"id": one.id, "text": prompt + completion, "prompt": prompt, "completion": completion}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_file(out, "".join(lines).encode())
+    if as_json:
+        print_json({"file": str(out), "examples": len(lines), "left_out": pool.left_out, "version": read.digest})
+        return
+    say(f"{len(lines):,} examples; {pool.left_out:,} left out, as they are scored or come again")
+
+
+@app.command()
+def sweep(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Decoders to prompt. " + MODEL_HELP)],
+    task: Task,
+    template: Annotated[
+        list[str] | None, typer.Option(metavar="TEMPLATE", help="Can be repeated; `task` is the task's own. [task]")
+    ] = None,
+    shots: Annotated[str, typer.Option(metavar="N,N,...", help="Numbers of examples.")] = "0,1,2,3,5,8",
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=100.0, help="Can be repeated; 0 is greedy. [0]")
+    ] = None,
+    strategy: Annotated[
+        Literal["fixed", "random", "balanced", "bm25"], typer.Option(help="How examples are chosen.")
+    ] = "balanced",
+    seed: Annotated[int, typer.Option(min=0, help="Draws and orders the examples, and draws answers.")] = 0,
+    reference: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="A model trained for the task, to compare with; can be repeated."),
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="The score that is wanted, as the metric gives it: 0.85.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask this many items, the same ones every time.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the models' chat templates.")] = False,
+    free: Annotated[
+        bool, typer.Option("--free", help="Let answers be any text; otherwise they are held to the task's choices.")
+    ] = False,
+    tracker: Annotated[
+        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
+    ] = "mlflow",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measures what prompting is worth: models x templates x examples x temperatures, on the items of a task.
+
+    Ends with a recommendation: from how many examples on more do not help, how far the best prompt is from the target
+    or from a model that was trained, and whether to prompt, to fine-tune, or to measure more. What a killed sweep asked
+    is not asked again. In a recipe it is the stage `sweep`, which has more settings.
+
+    Example: ganymede prompt sweep demo@champion --task sst2 --template task --template sentiment-great --limit 200
+    """
+    home = _begin()
+    from actors.store.artifacts import ArtifactStore
+    from infra.cli.alone import model_reference, run_alone
+    from pipelines.prompting.sweep_report import SweepReport, recommend
+
+    drawings = {
+        "greedy" if value == 0 else f"t{value:g}": {"temperature": value, "seed": seed}
+        for value in temperature or [0.0]
+    }
+    stage = {
+        "kind": "sweep", "models": dict(model_reference(model, home) for model in models),
+        "references": dict(model_reference(model, home) for model in reference or []), "task": task,
+        "templates": template or ["task"], "shots": _numbers(shots), "sampling": drawings,
+        "examples": {"strategy": strategy, "seed": seed}, "target": target, "limit": limit, "chat": chat,
+        "held_to_choices": not free,
+    }  # fmt: skip
+    outcome = run_alone("sweep", Path(task).stem, stage, home, tracker)
+    artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))
+    report = SweepReport.load(artifact.path)
+    advice = recommend(report)
+    if as_json:
+        print_json({"report": str(artifact.ref), "folder": str(artifact.path), "status": outcome.status,
+                    **report.model_dump(mode="json"), "recommendation": advice.model_dump(mode="json")})  # fmt: skip
+        return
+    _print_sweep(report)
+    for sentence in advice.sentences:
+        typer.echo(sentence)
+    say(f"{outcome.status} {artifact.ref}: {artifact.path / 'sweep.png'}")
+
+
+def _numbers(shots: str) -> list[int]:
+    from configs.errors import ConfigError
+
+    parts = shots.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ConfigError("--shots takes numbers apart by commas", received=shots, allowed="for example 0,1,3")
+    return [int(part) for part in parts]
+
+
+def _print_sweep(report: SweepReport) -> None:
+    rows = [
+        (
+            c.model, c.template, c.sampling, str(c.shots), f"{report.points(c.score.value):.1f}",
+            f"{report.points(c.score.low):.1f} to {report.points(c.score.high):.1f}", f"{c.shown:g}",
+            f"{c.prompt_tokens / report.items:.0f}", str(c.unanswered), "best" if n == report.best else "",
+        )
+        for n, c in enumerate(report.cells)
+    ]  # fmt: skip
+    rows += [
+        (label, "trained", "", "", f"{report.points(one.score.value):.1f}",
+         f"{report.points(one.score.low):.1f} to {report.points(one.score.high):.1f}", "", "", str(one.unanswered), "")
+        for label, one in report.references.items()
+    ]  # fmt: skip
+    columns = ("model", "template", "sampling", "# shots", f"# {report.metric}", "95 % interval", "# shown",
+               "# prompt tokens", "# no answer", "")  # fmt: skip
+    print_table(columns, rows)
+
+
 def _begin() -> Path:
     home = state_home()
     route_logs(home)
     return home
 
 
-def _find(template: str, home: Path) -> PromptTemplate:
+def _find(template: str, home: Path, task: TaskFile | None = None) -> PromptTemplate:
+    """`task` is the template of the task at hand, where there is one."""
+    from configs.load import load_template
+    from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate
+
+    if template == TASK_TEMPLATE and task is not None:
+        return PromptTemplate.of_task(TASK_TEMPLATE, task)
     if template.startswith("prompts:/"):
         from actors.store.tracker import tracking_uri
         from pipelines.prompting.registration import fetch_prompt
 
         return fetch_prompt(template, tracking_uri(home))
-    from configs.load import load_template
-
     return load_template(template)

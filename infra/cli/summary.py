@@ -66,6 +66,7 @@ _FIGURES: Mapping[str, Sequence[tuple[str, Callable[[Any], str]]]] = {
         ),
     ),
     "evaluate": (("pairs", _sum("answers a model")),),
+    "sweep": (("recommendation.sentences", " ".join),),
     "register": (
         ("name", lambda value: str(value)),
         ("version", lambda value: f"version {value}"),

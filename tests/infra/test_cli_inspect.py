@@ -13,6 +13,7 @@ from tests.infra.conftest import Ganymede
 __all__ = ["make_model", "tokenizer_folder"]
 
 
+@pytest.mark.slow
 def test_next_token_is_one_document_and_a_picture(ganymede: Ganymede, make_model: MakeModel, tmp_path: Path) -> None:
     png = tmp_path / "next.png"
     done = ganymede(
@@ -27,6 +28,7 @@ def test_next_token_is_one_document_and_a_picture(ganymede: Ganymede, make_model
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_attention_writes_a_page_and_prints_what_heads_do(
     ganymede: Ganymede, make_model: MakeModel, tmp_path: Path
 ) -> None:
@@ -37,14 +39,18 @@ def test_attention_writes_a_page_and_prints_what_heads_do(
     assert page.read_text().startswith("<!doctype html>")
 
 
-@pytest.mark.slow
-def test_tokens_and_embeddings_print_tables(ganymede: Ganymede, make_model: MakeModel, tokenizer_folder: Path) -> None:
-    cut = ganymede("inspect", "tokens", str(make_model()), str(tokenizer_folder), "--text", "ï f")
+def test_tokens_prints_the_cut(ganymede: Ganymede, tokenizer_folder: Path) -> None:
+    cut = ganymede("inspect", "tokens", str(tokenizer_folder), "--text", "ï f")
     assert "[ï]|·f" in cut.stdout
+
+
+@pytest.mark.slow
+def test_embeddings_is_one_document(ganymede: Ganymede, make_model: MakeModel) -> None:
     near = json.loads(ganymede("inspect", "embeddings", str(make_model()), " f", "-n", "3", "--json").stdout)
     assert len(near["words"][0]["neighbours"]) == 3
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_one_message(ganymede: Ganymede, make_model: MakeModel) -> None:
     done = ganymede("inspect", "attention", str(make_model()), "--text", "f", "--layer", "9")
     assert done.returncode == 2

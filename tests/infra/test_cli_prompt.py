@@ -23,7 +23,7 @@ data:
   get: written by the test
 prompt: "Review: {{text}}\\nSentiment:"
 choices: ["no", "yes"]
-answer: "{{label}}"
+label: label
 answering: {{max_new_tokens: 4}}
 """
 
@@ -37,18 +37,53 @@ def task(tmp_path: Path) -> str:
     return str(tmp_path / "task.yaml")
 
 
+@pytest.mark.slow
 def test_show_prints_the_prompt_that_fits_the_model(
     ganymede: Ganymede, task: str, tmp_path: Path, make_model: MakeModel
 ) -> None:
     arguments = ("prompt", "show", str(tmp_path / "mine.yaml"), "--task", task, "--shots", "12", "--strategy", "fixed")
-    whole = json.loads(ganymede(*arguments, "--json").stdout)
-    assert whole["prompt"].startswith("Judge.\n\nobject 0? no\n\nobject 1? good")
-    assert whole["prompt"].endswith("it dumps?")
-    assert (whole["examples"], whole["answer"]) == (12, ["yes"])
     fitted = json.loads(ganymede(*arguments, "--model", str(make_model()), "--json").stdout)
     assert 0 < fitted["examples"] < fitted["asked"] == 12
-    assert fitted["tokens"] <= fitted["room"] == 96 - 4
+    assert fitted["tokens"] <= fitted["room"] == 96 - len(" good") - 1
+    assert fitted["prompt"].startswith("Judge.\n\nobject ")
     assert fitted["prompt"].endswith("object 11? good\n\nit dumps?")
+    assert fitted["answer"] == ["yes"]
+
+
+def test_show_prints_a_prompt_with_its_examples(ganymede: Ganymede, task: str, tmp_path: Path) -> None:
+    template = str(tmp_path / "mine.yaml")
+    shown = ganymede("prompt", "show", template, "--task", task, "--shots", "2", "--strategy", "fixed", "--item", "1")
+    assert shown.stdout == "Judge.\n\nobject 0? no\n\nobject 1? good\n\nit fails?\n"
+    chat = ganymede("prompt", "show", template, "--task", task, "--chat")
+    assert chat.stdout == "user: Judge.\n\nit dumps?\n"
+
+
+def test_write_makes_a_training_set_without_what_is_scored(ganymede: Ganymede, task: str, tmp_path: Path) -> None:
+    out = tmp_path / "train.jsonl"
+    done = json.loads(
+        ganymede("prompt", "write", str(tmp_path / "mine.yaml"), "--task", task, "--out", str(out), "--json").stdout
+    )
+    assert (done["examples"], done["left_out"]) == (12, 1)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[1]["text"] == "Judge.\n\nobject 1? good"
+    assert lines[1]["text"] == lines[1]["prompt"] + lines[1]["completion"]
+    assert not any("fails" in line["text"].casefold() for line in lines)
+
+
+@pytest.mark.slow
+def test_sweep_ends_with_a_recommendation_and_is_reused(
+    ganymede: Ganymede, task: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    arguments = ("prompt", "sweep", str(make_model()), "--task", task, "--shots", "0,1", "--target", "1.5",
+                 "--tracker", "none")  # fmt: skip
+    made = ganymede(*arguments)
+    assert made.returncode == 0, made.stderr
+    assert "Best prompt: model" in made.stdout
+    assert made.stdout.rstrip().endswith("points below the target (150.0): fine-tune.")
+    again = json.loads(ganymede(*arguments, "--json").stdout)
+    assert again["status"] == "reused"
+    assert again["recommendation"]["advice"] == "fine-tune"
+    assert (Path(again["folder"]) / "sweep.png").is_file()
 
 
 @pytest.mark.slow

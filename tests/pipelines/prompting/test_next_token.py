@@ -80,8 +80,9 @@ def test_controls_narrow_and_temperature_flattens(shown: NextToken) -> None:
 
 def test_the_picture_is_a_png_and_the_same_every_time(shown: NextToken) -> None:
     few = shown.model_copy(update={"candidates": shown.candidates[:5]})
-    assert next_token_picture(few).startswith(b"\x89PNG")
-    assert next_token_picture(few) == next_token_picture(few)
+    drawn = next_token_picture(few)
+    assert drawn.startswith(b"\x89PNG")
+    assert drawn == next_token_picture(few)
 
 
 def test_a_prompt_that_does_not_fit_is_refused(make_model: MakeModel) -> None:
