@@ -14,6 +14,7 @@ import platform
 import resource
 import struct
 import sys
+from typing import Any
 
 _NEWIPC, _NEWUSER, _NEWNET = 0x08000000, 0x10000000, 0x40000000
 _NO_NEW_PRIVS, _SECCOMP, _FILTER = 38, 22, 2
@@ -23,7 +24,7 @@ _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _WRITING = 0o1 | 0o2 | 0o100 | 0o1000 | 0o20000000
 """O_WRONLY, O_RDWR, O_CREAT, O_TRUNC and the bit of O_TMPFILE."""
 _THREAD = 0x00010000
-_CALLS = {
+_CALLS: dict[str, Any] = {
     "x86_64": {
         "audit": 0xC000003E,
         "denied": {
@@ -69,7 +70,7 @@ _CALLS = {
 whose arguments a filter can see."""
 
 
-def limit(seconds, memory_bytes):
+def limit(seconds: float, memory_bytes: int) -> None:
     """Bounds processor time, memory, the size of files, open files and core dumps."""
     for what, most in (
         (resource.RLIMIT_CPU, int(seconds) + 1),
@@ -81,12 +82,12 @@ def limit(seconds, memory_bytes):
         resource.setrlimit(what, (most, most))
 
 
-def isolate(libc):
+def isolate(libc: ctypes.CDLL) -> bool:
     """Whether the process is now in namespaces of its own; where the system does not allow it, all else still holds."""
-    return libc.unshare(_NEWUSER | _NEWNET | _NEWIPC) == 0
+    return bool(libc.unshare(_NEWUSER | _NEWNET | _NEWIPC) == 0)
 
 
-def give_up_rights(libc):
+def give_up_rights(libc: ctypes.CDLL) -> None:
     """Installs the filter, for this process for good. Raises `OSError` if the system has none."""
     calls = _CALLS[platform.machine()]
     instructions = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, calls["audit"]), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0)]
@@ -113,7 +114,7 @@ def give_up_rights(libc):
         raise OSError(ctypes.get_errno(), "seccomp")
 
 
-def main():
+def main() -> None:
     """Runs the program; the exit code is the interpreter's own."""
     report = int(sys.argv[1])
     settings = json.load(sys.stdin)
