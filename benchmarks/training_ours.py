@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,7 @@ from configs.artifacts import Ref
 from configs.load import load_recipe
 from configs.schema.project import Recipe
 from configs.schema.training import PretrainConfig
-from infra.local import ray_session, route_logs
-from infra.stages import STAGES
-from pipelines.corpus.loader import Loader
-from pipelines.runner import Runner
-from pipelines.stage import Progress
-from pipelines.stages.pretrain import open_split
+from infra.local import ray_session, route_logs, state_home
 
 _CLOSE_SECONDS = 30.0
 
@@ -41,7 +37,7 @@ class _Reports:
     def stage_finished(self, name: str, outcome: Any) -> None:
         print(f"{name}: {outcome.status}", file=sys.stderr)
 
-    def stage_progress(self, name: str, progress: Progress) -> None:
+    def stage_progress(self, name: str, progress: Any) -> None:
         if "tokens_per_second" in progress.figures:
             self.lines.setdefault(name, []).append({"step": progress.done, **progress.figures})
 
@@ -55,6 +51,10 @@ def _run(recipe: Recipe, home: Path) -> dict[str, list[dict[str, float]]]:
             store.remove(Ref("model", name, number))
     route_logs(home)
     with ray_session(home):
+        # Ray reads how it is to authenticate when it is imported, which the session has prepared now.
+        from infra.stages import STAGES
+        from pipelines.runner import Runner
+
         tracker = open_tracker("mlflow", home, recipe.name)
         try:
             Runner(recipe, store, tracker, home, STAGES, reports).run()
@@ -75,11 +75,13 @@ def timed(lines: list[dict[str, float]], positions: int) -> list[dict[str, float
 
 def _save_rows(recipe: Recipe, stage: str, home: Path, steps: int) -> dict[str, str]:
     """The batches that `stage` sees, and its validation rows, as files for other programs."""
+    from pipelines.stages.pretrain import open_split
+
     config = recipe.stages[stage]
     assert isinstance(config, PretrainConfig)
     corpus = ArtifactStore(home / "artifacts").get(f"corpus/{recipe.name}-{config.corpus}@{recipe.version}").path
 
-    def rows(split: str) -> Loader:
+    def rows(split: str) -> Any:
         return open_split(split, corpora={"": corpus}, config=config, row_tokens=config.model.context_length)
 
     train, files = rows("train"), {name: str(home / f"{name}.npy") for name in ("train", "validation")}
@@ -97,8 +99,8 @@ def _main() -> None:
     parser.add_argument("--row-steps", type=int, default=0, help="batches that are saved")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
-    options.home.mkdir(parents=True, exist_ok=True)
-    lines = _run(recipe, options.home)
+    os.environ["GANYMEDE_HOME"] = str(options.home)
+    lines = _run(recipe, state_home())
     found: dict[str, Any] = {}
     for stage, reports in lines.items():
         config = recipe.stages[stage]

@@ -83,8 +83,9 @@ def write_model(
         weights = AVERAGE if config.ema_decay is not None else "model"
         for name, value in without_prefix(weights, checkpoint.tensors).items():
             parameters[name].copy_(value)
-    sizes = {"parameters": parameter_count(model), "trained_parameters": trained_count(model)}
+    trained = trained_count(model)
     _write_weights(publication, model, adapters, context.out)
+    sizes = {"parameters": parameter_count(model), "trained_parameters": trained}
     for name in _TEXT_FILES:
         if (publication.text_from / name).exists():
             shutil.copyfile(publication.text_from / name, context.out / name)

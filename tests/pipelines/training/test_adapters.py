@@ -116,6 +116,7 @@ def test_the_merged_model_is_the_base_with_its_adapters_and_less_is_trained(worl
     assert summary["validation_loss"] < summary["first_validation_loss"] - 0.03
     layers, width, inner = SHAPE["layers"], SHAPE["hidden_size"], 96
     assert summary["trained_parameters"] == layers * 4 * (4 * 2 * width + 3 * (width + inner))
+    assert summary["parameters"] == parameter_count(load_model(world / "llama"))
     assert f"| Parameters trained | {summary['trained_parameters']:,} |" in (out / "README.md").read_text()
     kept = load_model(out).state_dict()["model.embed_tokens.weight"]
     assert torch.equal(kept, load_model(world / "llama").state_dict()["model.embed_tokens.weight"])

@@ -47,6 +47,13 @@ STAGES: dict[str, dict[str, Any]] = {
         "data": "instructions",
         "training": {**TRAINING, "steps": 20, "eval_every_steps": 10},
     },
+    "adapters": {
+        "kind": "finetune",
+        "model": "pretrain",
+        "data": "instructions",
+        "lora": {"rank": 4},
+        "training": {**TRAINING, "steps": 20, "eval_every_steps": 10},
+    },
 }
 
 
@@ -119,9 +126,10 @@ def test_an_interrupted_run_goes_on_and_outlives_a_killed_worker(cluster: None, 
     assert steps[-1] == STAGES["pretrain"]["training"]["steps"]
     assert int(checkpoint.name.removeprefix("step-")) >= 20
     for name, outcome in zip(STAGES, report.outcomes, strict=True):
-        if name in ("pretrain", "finetune") and outcome.ref:
+        if name in ("pretrain", "finetune", "adapters") and outcome.ref:
             check_model_folder(store.get(outcome.ref))
             assert outcome.summary["validation_loss"] < outcome.summary["first_loss"]
+            assert (outcome.summary["trained_parameters"] < outcome.summary["parameters"]) == (name == "adapters")
 
 
 def check_model_folder(artifact: Artifact) -> None:
