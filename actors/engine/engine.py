@@ -126,7 +126,7 @@ class Engine:
 
     @property
     def decoder_kind(self) -> str:
-        """What runs the model: the `lean` decoder or its own `modules`."""
+        """What runs the model: the `lean` decoder, its own `modules`, or `recurrent` for the LSTM baseline."""
         return self._decoder.kind
 
     @property
