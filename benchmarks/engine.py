@@ -129,6 +129,7 @@ def _decoding_lines(name: str, part: dict[str, Any]) -> list[str]:
     shares = [f"{rates['engine'][n] / bound:.0%} of {bound:.0f} tokens/s at {n}" for n, bound in bounds.items()
               if n in levels]  # fmt: skip
     prefill = part["prefill_tokens_per_second"]
+    delays = ", ".join(f"{delay:.1f} beside {n}" for n, delay in part["prefill_delay_in_steps"].items())
     lines += [
         "",
         f"- Bounds: {roof['gigabytes_per_second']:.1f} GB/s read, {roof['gigaflops']:.0f} GFLOP/s; the engine reaches "
@@ -136,6 +137,7 @@ def _decoding_lines(name: str, part: dict[str, Any]) -> list[str]:
         f"- Rows with exactly the tokens of `generate`: {same}.",
         f"- Prefill: {prefill['engine']:.0f} tokens/s, {prefill['engine'] / prefill['plain batched forward']:.2f} of a "
         "plain batched forward pass.",
+        f"- Steps' time by which a prompt of 500 tokens delays those that decode: {delays}.",
         f"- Of a decoding step, {part['own_share_of_a_step']:.1%} is not the model's.",
         "",
         "| requests that arrive at random, 16 to 200 tokens, 8 to 128 new ones | output tokens/s | median s | p95 s |",

@@ -77,6 +77,7 @@ def decoding(
         "output_tokens_per_second": rates,
         "rows_equal_to_generate": same,
         "prefill_tokens_per_second": _prefill(folder, model, precision, runs),
+        "prefill_delay_in_steps": {str(n): _delay(folder, precision, n) for n in concurrency if n < max(CONCURRENCY)},
         "own_share_of_a_step": _own_share(folder, precision, max(concurrency)),
         "trace": _trace(folder, model, precision),
         "roofline": _roofline(weights, dtype),
@@ -156,6 +157,23 @@ def _prefill(folder: Path, model: Any, precision: Precision, runs: int) -> dict[
     with torch.inference_mode():
         plain, _ = timed(lambda n: model(torch.tensor(asked[n]), use_cache=False, logits_to_keep=1), runs)
     return {"engine": count * length / ours, "plain batched forward": count * length / plain}
+
+
+def _delay(folder: Path, precision: Precision, count: int) -> float:
+    """By how many steps' time a prompt of 500 tokens makes a step of `count` decoding requests longer."""
+    engine = Engine.load(folder, max_sequences=count + 1, precision=precision, device="cpu")
+    for name, ids in enumerate(prompts(count, PROMPT, seed=9)):
+        engine.submit(_greedy(ids, name, new=300))
+    while engine._scheduler.waiting or any(s.completion_tokens < 1 for s in engine._scheduler.running):
+        engine.step()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for number in range(60):
+        if number == 30:
+            engine.submit(_greedy(prompts(1, 500, seed=10)[0], count, new=1))
+        start, before = time.perf_counter(), engine.tokens_run
+        engine.step()
+        seconds[engine.tokens_run - before > count].append(time.perf_counter() - start)
+    return median(seconds[True]) / median(seconds[False]) - 1
 
 
 def _own_share(folder: Path, precision: Precision, count: int) -> float:

@@ -111,7 +111,7 @@ class LeanDecoder:
         head: Linear,
         rotations_LD: torch.Tensor,
     ) -> None:
-        self.kind: Literal["lean", "modules"] = "lean"
+        self.kind: Literal["lean", "modules", "recurrent"] = "lean"
         self.shape = shape
         self.vocab = shape.vocab
         self.context = shape.context

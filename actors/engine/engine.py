@@ -31,9 +31,10 @@ from actors.engine.structured import Structures
 from actors.text import Text
 from configs.errors import RequestError
 
-_MIXED_PREFILL_TOKENS = 16
-"""Prompt tokens in a step with a few decoding sequences, on a CPU: beside one of them they make the step of a 17M
-Llama in fp32 3.1 times as long, 32 tokens 3.8 times (CPU time of one AVX2 core)."""
+_MIXED_PREFILL_TOKENS = 10
+"""Prompt tokens in a step beside those that each decoding sequence allows, on a CPU. A step of few rows costs what 7
+rows do, plus its rows: `kernels.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
+for 256 on one AVX2 core. The scheduler's share of 1.5 times that is the delay of one and a half steps."""
 
 _SCORE_TOKENS = 2048
 """Tokens scored at once: bounds the logits held, 32 MB for a vocabulary of 4096."""
@@ -126,7 +127,7 @@ class Engine:
 
     @property
     def decoder_kind(self) -> str:
-        """What runs the model: the `lean` decoder or its own `modules`."""
+        """What runs the model: the `lean` decoder, its own `modules`, or `recurrent` for the LSTM baseline."""
         return self._decoder.kind
 
     @property

@@ -28,10 +28,12 @@ from actors.engine.cache import KVCache
 from actors.engine.decoder import LeanDecoder, obstacle
 from actors.engine.linear import pack
 from actors.engine.pretrained import load_modules, read_config
+from actors.engine.recurrent_decoder import RecurrentDecoder
 from actors.engine.scheduler import Span
+from actors.recurrent import LstmConfig
 from configs.errors import ArtifactError
 
-DecoderKind = Literal["lean", "modules"]
+DecoderKind = Literal["lean", "modules", "recurrent"]
 DecoderChoice = Literal["auto", "lean", "modules"]
 
 _NAME = "ganymede"
@@ -78,10 +80,15 @@ class Decoder(Protocol):
 def load_decoder(folder: Path, choice: DecoderChoice, *, dtype: torch.dtype, device: torch.device) -> Decoder:
     """Opens a model folder; `auto` takes the lean decoder if `obstacle` finds none, and the model's modules otherwise.
 
+    The LSTM baseline has a decoder of its own, whatever is chosen.
+
     Raises `ArtifactError` if the model is not supported or files are missing, `CorruptArtifactError` if the weights
     cannot be read or are not all there.
     """
-    reason = obstacle(read_config(folder)) if choice == "auto" else None
+    config = read_config(folder)
+    if config.model_type == LstmConfig.model_type:
+        return RecurrentDecoder.load(folder, dtype=dtype, device=device)
+    reason = obstacle(config) if choice == "auto" else None
     if choice == "modules" or reason is not None:
         _log.info("%s runs through its own modules: %s", folder, reason or "asked for")
         return ModulesDecoder.load(folder, dtype=dtype, device=device)

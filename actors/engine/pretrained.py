@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
+import actors.recurrent  # noqa: F401 - makes `transformers` know the LSTM baseline
 from configs.errors import ArtifactError, ContractError, CorruptArtifactError
 
 Precision = Literal["auto", "bf16", "fp32"]

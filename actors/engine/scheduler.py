@@ -18,10 +18,10 @@ from configs.errors import OverloadedError
 
 _MOST_FILLING = 8
 """Sequences part way through their prompts: enough to find short ones among them; decoding reads past their rows."""
-_PREFILL_PER_REQUEST = 4
-"""Prompt tokens that a step runs for each request in flight: the more there are, the more throughput counts. On a 17M
-Llama in fp32, 32 tokens beside 8 that decode make a step 1.7 times as long, 128 beside 32 twice as long (CPU time of
-one AVX2 core)."""
+_PREFILL_SHARE = 1.5
+"""Prompt tokens that a step may run beside each decoding sequence, over those it may run beside none: a step costs as
+much as some tokens do, which is `mixed_prefill_tokens` over this, plus the tokens that it runs. So prompts delay those
+that decode by one and a half times a step's own time, whatever their number."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Scheduler:
         max_sequences: sequences that run together at most.
         max_queued: sequences that may wait beyond those that the next step starts.
         prefill_tokens: prompt tokens a step runs at most.
-        mixed_prefill_tokens: the same while sequences decode, which wait for it; more if many requests are in flight.
+        mixed_prefill_tokens: the same while sequences decode, which wait for it, but for what there is beside each.
     """
 
     def __init__(
@@ -210,8 +210,7 @@ class Scheduler:
     def _budget(self, decoding: int) -> int:
         if not decoding:
             return self._prefill_tokens
-        in_flight = len(self.running) + len(self.waiting)
-        return min(self._prefill_tokens, max(self._mixed_prefill_tokens, _PREFILL_PER_REQUEST * in_flight))
+        return min(self._prefill_tokens, self._mixed_prefill_tokens + int(_PREFILL_SHARE * decoding))
 
     def _leave(self, sequence: Sequence) -> None:
         self._led.pop(sequence, None)

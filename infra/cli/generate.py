@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,12 +17,18 @@ from infra.local import route_logs, state_home
 if TYPE_CHECKING:
     from actors.engine.engine import Engine
     from actors.engine.request import Completion, Request
+    from actors.engine.seq2seq import Seq2SeqEngine
     from configs.schema.generation import Sampling
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt", "-p", help="Text to continue, or the source of an encoder-decoder; - reads standard input."
+        ),
+    ],
     chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a user of the chat template.")] = False,
     max_tokens: Annotated[int, typer.Option(min=0, help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0 takes the likeliest token.")] = 0.0,
@@ -30,7 +38,10 @@ def generate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continues a prompt, as it is generated. Example: ganymede generate demo@champion --chat --prompt "Hello"."""
+    """Continues a prompt, or answers a source (T5, BART), as it is generated.
+
+    Example: ganymede generate demo@champion --chat --prompt "Hello".
+    """
     home = state_home()
     route_logs(home)
     sampling = _sampling(
@@ -38,13 +49,11 @@ def generate(
     )
     text = sys.stdin.read() if prompt == "-" else prompt
     with err().status(f"loading {model}"):
-        from actors.engine.engine import Engine
         from actors.engine.request import Request
 
         found = find_model_folder(model, home)
-        engine = Engine.load(found.folder, max_sequences=1)
-    messages = [{"role": "user", "content": text}]
-    ids = engine.text.render_chat(messages) if chat else engine.text.encode(text)
+        engine = _load(found.folder)
+    ids = _prompt_ids(engine, text, chat=chat)
     began = time.monotonic()
     completion = _stream(engine, Request("prompt", tuple(ids), sampling), show=not as_json)
     seconds = time.monotonic() - began
@@ -61,6 +70,33 @@ def generate(
             "tokens_per_second": round(len(completion.token_ids) / seconds, 1),
         }
     )
+
+
+def _load(folder: Path) -> Engine | Seq2SeqEngine:
+    """Raises `ArtifactError` for an encoder, which generates no text."""
+    from actors.engine.engine import Engine
+    from actors.engine.loading import runner_kind
+    from actors.engine.seq2seq import Seq2SeqEngine
+    from configs.errors import ArtifactError
+
+    kind = runner_kind(folder)
+    if kind == "encoder":
+        raise ArtifactError(
+            f"the model in {folder} generates no text",
+            received="an encoder, which classifies, tags or embeds",
+            allowed="a causal language model or an encoder-decoder",
+            next_step="choose another model",
+        )
+    return Seq2SeqEngine.load(folder, max_sequences=1) if kind == "seq2seq" else Engine.load(folder, max_sequences=1)
+
+
+def _prompt_ids(engine: Engine | Seq2SeqEngine, text: str, *, chat: bool) -> Sequence[int]:
+    """What the model reads: a chat, a source with what the tokenizer puts around it, or the text alone."""
+    from actors.engine.seq2seq import Seq2SeqEngine
+
+    if chat:
+        return engine.text.render_chat([{"role": "user", "content": text}])
+    return engine.encode_source(text) if isinstance(engine, Seq2SeqEngine) else engine.text.encode(text)
 
 
 def _sampling(values: dict[str, object]) -> Sampling:
@@ -80,7 +116,7 @@ def _sampling(values: dict[str, object]) -> Sampling:
         raise RequestError(option, param=name, received=first["input"], allowed=allowed) from error
 
 
-def _stream(engine: Engine, request: Request, *, show: bool) -> Completion:
+def _stream(engine: Engine | Seq2SeqEngine, request: Request, *, show: bool) -> Completion:
     """Runs one request to its end, writing the text as it is certain. Raises the engine's error if it ends in one."""
     from actors.engine.request import Completion
 

@@ -28,6 +28,7 @@ def test_every_contestant_answers(llama: Path, tmp_path: Path) -> None:
     part = decoding(llama, tmp_path, precision="fp32", concurrency=[1], runs=1, llama_bench=None)
     assert part["rows_equal_to_generate"] == {"1": 1.0}
     assert 0 < part["own_share_of_a_step"] < 1
+    assert set(part["prefill_delay_in_steps"]) == {"1"}
     rates = part["output_tokens_per_second"]
     assert all(rates[who]["1"] > 0 for who in ("engine", "generate", "continuous batching"))
     json.dumps(part)
@@ -39,6 +40,7 @@ def test_the_page_has_rates_ratios_and_bounds() -> None:
         "parameters": 17_000_000, "dtype": "float32", "rows_equal_to_generate": {"1": 1.0, "32": 0.5},
         "output_tokens_per_second": {"engine": {"1": 250.0, "32": 900.0}, "generate": {"1": 100.0, "32": 1000.0}},
         "prefill_tokens_per_second": {"engine": 80.0, "plain batched forward": 100.0}, "own_share_of_a_step": 0.07,
+        "prefill_delay_in_steps": {"1": 1.44, "8": 2.0},
         "trace": {"engine": trace},
         "roofline": {"gigabytes_per_second": 17.0, "gigaflops": 90.0, "tokens_per_second_at_1": 500.0,
                      "tokens_per_second_at_32": 3000.0},
@@ -54,6 +56,7 @@ def test_the_page_has_rates_ratios_and_bounds() -> None:
     assert "50% of 500 tokens/s at 1, 30% of 3000 tokens/s at 32" in page
     assert "0.80 of a plain batched forward pass" in page
     assert "7.0% is not the model's" in page
+    assert "delays those that decode: 1.4 beside 1, 2.0 beside 8" in page
     assert "| engine | 70 | 1.5 | 9.0 |" in page
     assert "| generate | 10.0 | 3.00x |" in page
     assert "50% of the rows equal" in page

@@ -279,9 +279,28 @@ def test_prompts_share_a_step_and_short_ones_do_not_wait_for_long_ones() -> None
                 turn.sequence.tokens.append(0)
     assert sizes == [
         {"decodes": 4, "short": 12, "long": 48},
-        {"decodes": 1, "short": 1, "long": 16, "longer": 16},
-        {"decodes": 1, "short": 1, "long": 16, "longer": 16},
+        {"decodes": 1, "short": 1, "long": 18, "longer": 17},
+        {"decodes": 1, "short": 1, "long": 18, "longer": 17},
     ]
+
+
+@pytest.mark.parametrize("decoding", [1, 8, 32])
+def test_a_long_prompt_delays_those_that_decode_by_less_than_two_steps(decoding: int) -> None:
+    """In a machine on which a step costs what 7 tokens do, plus those it runs; and it gets through in the end."""
+    world = World(scheduler(max_sequences=40, cache_tokens=2**16, prefill_tokens=256, mixed_prefill_tokens=10), 2**16)
+    for n in range(decoding):
+        world.scheduler.add(sequence(str(n), (n,) * 3, new=500))
+    while len(world.step()) < decoding:
+        continue
+    long = sequence("long", (99,) * 500, new=1)
+    world.scheduler.add(long)
+    steps = 0
+    while len(long.tokens) == 500:
+        before = world.tokens_run
+        world.step()
+        steps += 1
+        assert 7 + world.tokens_run - before <= 3 * (7 + decoding)
+    assert steps <= 500 / 10
 
 
 def test_a_full_queue_refuses_and_room_admits_again() -> None:
