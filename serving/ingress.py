@@ -62,7 +62,7 @@ class RemoteEngine:
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers in batches; closing the iterator, or cancelling its reader, cancels the call in the replica."""
         progress = Progress(call)
-        while not progress.complete:
+        while True:
             response = self._streaming.stream.remote(progress.rest())
             try:
                 async for batch in response:
@@ -80,6 +80,8 @@ class RemoteEngine:
                 pass
             finally:
                 response.cancel()
+            if progress.complete:
+                return
             delay = progress.lose()
             if delay is None:
                 yield GONE

@@ -45,9 +45,7 @@ class Metrics:
             "http_requests", "Responses.", ("handler", "method", "status"), registry=self._registry
         )
         self._replays = self._counter("ganymede:replays", "Times a call went on in another replica.")
-        self._broken = self._counter(
-            "ganymede:broken_answers", "Streams that ended with an error or without their client."
-        )
+        self._broken = self._counter("ganymede:broken_answers", "Answers that broke off, or whose client went away.")
         self._running = self._gauge("vllm:num_requests_running", "Requests whose answers are being written.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that have no token yet.")
         self._waiting_tokens = self._gauge("ganymede:num_tokens_waiting", "Prompt tokens of requests without a token.")

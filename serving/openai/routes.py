@@ -178,6 +178,7 @@ class _Routes:
         # The status line waits for the first batch, so that a refusal is an HTTP error and not an event.
         first = await anext(batches)
         if isinstance(first, Refusal):
+            await batches.aclose()
             raise ApiError(asked.named(first))
         frame = kind(call.id, int(time.time()), asked.model, fingerprint(first[0].model_digest), asked.n)
         if call.whole:

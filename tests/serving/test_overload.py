@@ -36,14 +36,15 @@ def body(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "prompt": "def open", "temperature": 0, "max_tokens": 40, **fields}
 
 
-def test_at_four_times_the_capacity_all_are_answered_rightly_or_told_to_come_back(url: str) -> None:
-    async def crowd() -> tuple[list[httpx.Response], httpx.Response]:
+def test_at_four_times_the_capacity_all_are_answered_rightly_or_told_to_come_back(model_folder: Path) -> None:
+    async def crowd(url: str) -> tuple[list[httpx.Response], httpx.Response]:
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=httpx.Limits(max_connections=100)) as client:
             alone = await client.post("/v1/completions", json=body())
             asked = [client.post("/v1/completions", json=body()) for _ in range(4 * (SLOTS + QUEUE))]
             return await asyncio.gather(*asked), alone
 
-    answers, alone = asyncio.run(crowd())
+    with local_endpoint(model_folder, max_sequences=SLOTS, max_queued=QUEUE) as url:
+        answers, alone = asyncio.run(crowd(url))
     statuses = Counter(answer.status_code for answer in answers)
     assert statuses.keys() == {200, 503}
     assert statuses[200] >= SLOTS + QUEUE
@@ -67,7 +68,7 @@ def test_who_waits_too_long_is_told_while_those_who_are_served_are_not_disturbed
                 refused = await client.post("/v1/completions", json=body())
                 assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
                 assert "too long" in refused.json()["error"]["message"]
-                assert QUEUE_SECONDS <= time.monotonic() - began < QUEUE_SECONDS + 3
+                assert QUEUE_SECONDS <= time.monotonic() - began < QUEUE_SECONDS + 10
                 for answer in (first, second):
                     lines = answer.aiter_lines()
                     for _ in range(50):
@@ -87,5 +88,5 @@ def test_a_body_that_does_not_come_is_not_waited_for(url: str) -> None:
         while b"}}" not in answer:
             answer += client.recv(10_000)
         assert answer.startswith(b"HTTP/1.1 408")
-        assert BODY_SECONDS <= time.monotonic() - began < BODY_SECONDS + 3
+        assert BODY_SECONDS <= time.monotonic() - began < BODY_SECONDS + 8
         assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"

@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,39 +139,3 @@ def test_the_death_of_every_replica_is_survived_too(endpoint: Endpoint) -> None:
     wait_for_replicas(endpoint, 2)
     undisturbed = asyncio.run(Client(endpoint).all())
     assert asyncio.run(killed()) == undisturbed
-
-
-def test_an_update_under_load_fails_no_request_and_breaks_no_stream(
-    endpoint: Endpoint, config: ServingConfig, plain_model_folder: Path
-) -> None:
-    new = replace(served(plain_model_folder), digest="cd" * 32, version=4)
-
-    async def load(updated: asyncio.Event) -> list[tuple[str, int]]:
-        """What each request, one after the other, was answered by, and with how many tokens."""
-        found = []
-        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="unused", max_retries=0, timeout=180) as client:
-            while not updated.is_set() or len(found) < 3:
-                chunks = [
-                    chunk
-                    async for chunk in await client.completions.create(
-                        model="tiny", prompt="def open", max_tokens=TOKENS // 2, temperature=0, stream=True,
-                        stream_options={"include_usage": True},
-                    )
-                ]  # fmt: skip
-                found.append((chunks[0].system_fingerprint, chunks[-1].usage.completion_tokens))
-        return found
-
-    async def update() -> list[list[tuple[str, int]]]:
-        updated = asyncio.Event()
-        loads = [asyncio.create_task(load(updated)) for _ in range(4)]
-        await asyncio.to_thread(serve_model, new, config, say=lambda _: None)
-        updated.set()
-        return await asyncio.gather(*loads)
-
-    wait_for_replicas(endpoint, 2)
-    found = asyncio.run(update())
-    assert {tokens for answers in found for _, tokens in answers} == {TOKENS // 2}
-    for answers in found:
-        fingerprints = [fingerprint for fingerprint, _ in answers]
-        assert set(fingerprints) <= {"fp_" + "ab" * 8, "fp_" + "cd" * 8}
-        assert fingerprints[-1] == "fp_" + "cd" * 8
