@@ -2,8 +2,8 @@
 
 A program runs in a Python process of its own, which before its first line gives up by seccomp, for good: sockets; new
 processes (threads stay possible); opening a file for writing, and deleting, renaming or changing one; signals to other
-processes, tracing, mounting and the like. A refused call fails with `PermissionError`. Limits hold on wall-clock and
-processor time, memory, open files and output. Where the system allows, the process is also in namespaces of its own
+processes, tracing, mounting and the like. A refused call fails with `PermissionError`. Limits hold on processor and
+wall-clock time, memory, open files and output. Where the system allows, the process is also in namespaces of its own
 (user, network, IPC), where there is no network to reach. It can read what its user can read. Linux on x86-64 or
 aarch64 only: anywhere else nothing is run.
 """
@@ -32,8 +32,11 @@ Status = Literal["passed", "failed", "timeout", "output", "killed"]
 
 OUTPUT_BYTES = 64 << 10
 """Output after which a program is ended."""
-_START_SECONDS = 10.0
+_START_SECONDS = 60.0
 """For an interpreter to start on a busy machine; a program's own time begins then."""
+_WAITING = 4
+"""Wall-clock time that a program may take is so many times its processor time: how busy the machine is decides nothing
+but for programs that wait."""
 _LAUNCHER = Path(__file__).with_name("sandbox_launcher.py")
 
 
@@ -48,8 +51,8 @@ class Outcome:
     """How a program ended."""
 
     status: Status
-    """`passed`: it came to its end; `failed`: it raised, exited or died of an error; `timeout`; `output`: it wrote too
-    much; `killed`: the system ended it, as a rule for its processor time or memory."""
+    """`passed`: it came to its end; `failed`: it raised or exited; `timeout`; `output`: it wrote too much; `killed`: it
+    died of a signal."""
     output: str
     """The last of what it wrote, errors included."""
     seconds: float
@@ -58,7 +61,7 @@ class Outcome:
 
 
 def run_program(source: str, *, seconds: float, memory_bytes: int) -> Outcome:
-    """Runs Python source to its end, or for `seconds`.
+    """Runs Python source to its end, or for `seconds` of processor time (whole ones, rounded up).
 
     Raises:
         SandboxError: this system cannot hold a program back; nothing was run.
@@ -120,7 +123,7 @@ def _watch(process: subprocess.Popen[bytes], control: int, settings: bytes, done
                     continue
                 if key.data is reported and not reported:
                     began = time.monotonic()
-                    deadline = began + seconds
+                    deadline = began + _WAITING * seconds
                 key.data.extend(content)
             if len(written) > OUTPUT_BYTES:
                 status = "output"
@@ -137,7 +140,10 @@ def _watch(process: subprocess.Popen[bytes], control: int, settings: bytes, done
         )
     if status is None:
         passed = lines[1:2] == [done] and process.returncode == 0
-        status = "passed" if passed else "killed" if (process.returncode or 0) < 0 else "failed"
+        if process.returncode == -signal.SIGXCPU:
+            status = "timeout"
+        else:
+            status = "passed" if passed else "killed" if (process.returncode or 0) < 0 else "failed"
     text = written[-4000:].decode(errors="replace")
     return Outcome(status, text, time.monotonic() - began, lines[0] == "isolated")
 

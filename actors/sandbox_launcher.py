@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import platform
 import resource
@@ -73,13 +74,14 @@ whose arguments a filter can see."""
 def limit(seconds: float, memory_bytes: int) -> None:
     """Bounds processor time, memory, the size of files, open files and core dumps."""
     for what, most in (
-        (resource.RLIMIT_CPU, int(seconds) + 1),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(what, (most, most))
+    # The first limit ends a program with a signal that tells why; the second one cannot be caught.
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
 
 
 def isolate(libc: ctypes.CDLL) -> bool:

@@ -109,6 +109,7 @@ class Program(Config):
     template: str = "{answer}\n{test}"
     """An answer passes if the program ends by itself and without an error."""
     seconds: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """Of processor time, rounded up; a program that waits has four times as much."""
     memory_bytes: Annotated[int, Field(ge=1 << 24)] = 512 << 20
 
 

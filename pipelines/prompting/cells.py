@@ -1,7 +1,7 @@
 """Asks one model one way: a template, a number of examples and a way to draw, over all items of a task.
 
-What prompts have in common at their beginning is computed once: one item goes first, and the others take what it left
-in the engine's cache. Answers are kept on disk group by group, so that a killed sweep goes on where it was.
+What prompts have in common at their beginning is computed once, which is the engine's doing: `cached_tokens` counts it.
+Answers are kept on disk group by group, so that a killed sweep goes on where it was.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _ask_group(engine: Engine, task: Task, items: Sequence[Item], way: Way, choo
         )  # fmt: skip
         requests.append(Request(str(number), prompt.token_ids, sampling))
         shown.append([example.id for example in prompt.examples])
-    completions = [*engine.generate(requests[:1]), *engine.generate(requests[1:])]
+    completions = engine.generate(requests)
     return [
         _answer(task, item, way, engine.text.decode(request.prompt_ids), examples, completion)
         for item, request, examples, completion in zip(items, requests, shown, completions, strict=True)
