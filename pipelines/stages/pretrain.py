@@ -78,7 +78,7 @@ class PretrainStage:
             text_from=tokenizer.path,
             eos_token_ids=(END_OF_TEXT_ID, SPECIAL_TOKENS.index(END_OF_TURN)),
             pad_token_id=END_OF_TEXT_ID,
-            facts={**start.facts(), **digests, "Context length": f"{start.context_length:,} tokens"},
+            facts={**start.facts(), **digests},
         )
         return {**write_model(publication, model, config.training, context), **trained, "data": data}
 
