@@ -218,7 +218,7 @@ def embeddings(
     if as_json:
         print_json({"model": found.name, "digest": found.digest, **view.model_dump()})
         return
-    from pipelines.prompting.pictures import visible
+    from pipelines.prompting.token_cuts import visible
 
     for word in view.words:
         cut = "" if len(word.token_ids) == 1 else f" (mean of {len(word.token_ids)} tokens)"
@@ -270,7 +270,7 @@ def _views(
 
 
 def _print_next_token(result: NextToken) -> None:
-    from pipelines.prompting.pictures import visible
+    from pipelines.prompting.token_cuts import visible
 
     columns = ("token", "# id", "# logit", *(f"# {name}" for name in result.views))
     rows = [
@@ -291,8 +291,7 @@ def _print_next_token(result: NextToken) -> None:
 
 
 def _print_cuts(cuts: dict[str, TextCut], text: str) -> None:
-    from pipelines.prompting.pictures import visible
-    from pipelines.prompting.token_cuts import shown_pieces
+    from pipelines.prompting.token_cuts import shown_pieces, visible
 
     columns = ("tokenizer", "# tokens", "# bytes per token", "# vocabulary", "text restored")
     rows = []

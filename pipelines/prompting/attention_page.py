@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.prompting.attention_maps import AttentionMaps
-from pipelines.prompting.pictures import visible
+from pipelines.prompting.token_cuts import visible
 
 _NAMES = {
     "decoder": "each token to those before it",

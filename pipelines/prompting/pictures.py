@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import io
 import math
-import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
-from pipelines.prompting.attention_maps import AttentionMaps
-from pipelines.prompting.neighbours import EmbeddingView
-from pipelines.prompting.next_token import NextToken
+from pipelines.prompting.token_cuts import visible
+
+if TYPE_CHECKING:
+    from pipelines.prompting.attention_maps import AttentionMaps
+    from pipelines.prompting.neighbours import EmbeddingView
+    from pipelines.prompting.next_token import NextToken
 
 _BLUE, _GREY, _INK = "#2a6fbb", "#c9ced6", "#333333"
 _WORDS = ("#2a6fbb", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#12879c", "#9a5b2c", "#c2438f", "#5b7a1e", "#555f6e")
-_LONG_BLANK = re.compile(" {5,}")
 _LABELLED_TOKENS = 40
 """Maps of more tokens have no room for their names."""
 _TITLES = {
@@ -25,14 +26,6 @@ _TITLES = {
     "encoder": "attention of each token (row) to all tokens",
     "cross": "attention of the target's tokens (rows) to the source",
 }
-
-
-def visible(text: str, longest: int = 24) -> str:
-    """A token as it can be read in a table or picture: spaces, line ends and tabs as signs, cut where too long."""
-    shown = _LONG_BLANK.sub(lambda run: f"·*{len(run[0])}", text)
-    shown = shown.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
-    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
-    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def next_token_picture(found: NextToken) -> bytes:

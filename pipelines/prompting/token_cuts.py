@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 from tokenizers import Tokenizer
 
 from actors.text import Text
+
+_LONG_BLANK = re.compile(" {5,}")
 
 
 class _Record(BaseModel):
@@ -94,3 +97,11 @@ def shown_pieces(cut: TextCut, text: str) -> Sequence[tuple[str, bool]]:
 
 def _spelt(text: Text, token: int, characters: str) -> bytes:
     return text.token_bytes(token) if text.spelling is not None else characters.encode()
+
+
+def visible(text: str, longest: int = 24) -> str:
+    """A token as it can be read in a table or picture: spaces, line ends and tabs as signs, cut where too long."""
+    shown = _LONG_BLANK.sub(lambda run: f"·*{len(run[0])}", text)
+    shown = shown.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "␍")
+    shown = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"

@@ -36,7 +36,7 @@ class PretrainStage:
 
     kind: ClassVar[str] = "pretrain"
     artifact_kind: ClassVar[str | None] = "model"
-    code_version: ClassVar[int] = 3
+    code_version: ClassVar[int] = 4
 
     def sources(self, config: PretrainConfig) -> Mapping[str, str]:
         """Digest of the folder that training starts from, where there is one."""

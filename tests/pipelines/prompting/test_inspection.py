@@ -13,8 +13,8 @@ from configs.errors import RequestError
 from pipelines.prompting.attention_maps import AttentionMaps, head_summaries, read_attention
 from pipelines.prompting.attention_page import attention_page
 from pipelines.prompting.neighbours import neighbours, project
-from pipelines.prompting.pictures import attention_picture, embeddings_picture, visible
-from pipelines.prompting.token_cuts import cut_text, shown_pieces
+from pipelines.prompting.pictures import attention_picture, embeddings_picture
+from pipelines.prompting.token_cuts import cut_text, shown_pieces, visible
 from tests.actors.conftest import MakeModel
 from tests.actors.engine.conftest import MakeEncoder, MakeSeq2Seq
 

@@ -142,6 +142,7 @@ def check_model_folder(artifact: Artifact) -> None:
         assert (artifact.path / name).stat().st_size > 100
 
 
+@pytest.mark.slow  # 46 s, of which two training stages take the most
 @pytest.mark.timeout(240)
 def test_a_recipe_trains_on_a_mixture_of_best_fit_packed_corpora(cluster: None, tmp_path: Path) -> None:
     steps, change = 12, 8
