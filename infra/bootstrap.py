@@ -37,7 +37,8 @@ def main() -> None:
         say(f"creating {VENV} with Python {found}")
         venv.create(VENV, with_pip=True)
     say(f"installing the pinned packages of {LOCK} (a few minutes the first time)")
-    pip("--requirement", LOCK)
+    # Most modules are never imported: compiling them all would take a quarter of the time.
+    pip("--no-compile", "--requirement", LOCK)
     pip("--no-deps", "--no-build-isolation", "--editable", ".")
     say(f"ready: {VENV / 'bin' / 'ganymede'}")
 

@@ -190,7 +190,7 @@ def trial(
             with hardware.autocast():
                 loss = objective.loss(model, part)
             loss.backward()
-            float(loss)
+            float(loss.detach())
             return time.perf_counter() - started
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
