@@ -60,6 +60,7 @@ class RunProgress:
         self._lock = threading.Lock()
         self._task: TaskID | None = None
         self._first: Progress | None = None
+        self._moving = False
         self._began = self._last_line = 0.0
 
     def __enter__(self) -> Self:
@@ -98,15 +99,18 @@ class RunProgress:
                 )
                 return
             now = time.monotonic()
-            if self._first is None:
-                self._first, self._began = progress, now
+            if self._first is None or progress.unit != self._first.unit:
+                self._first, self._began, self._moving = progress, now, False
+            elif not self._moving and progress.done > self._first.done:
+                self._first, self._began, self._moving = progress, now, True
             if self._live or now - self._last_line < self._every:
                 return
             self._last_line = now
             self._console.print(Text(f"{name}: {position}  {figures}{self._left(progress, now)}"))
 
     def _left(self, progress: Progress, now: float) -> str:
-        """Time left by the pace since the first report; what an earlier run did, and starting up, is not pace."""
+        """Time left by the pace since the first report that moved; what an earlier run did, and starting up before it,
+        is not pace."""
         gained = progress.done - (self._first or progress).done
         if gained <= 0:
             return ""

@@ -33,8 +33,23 @@ def test_off_a_terminal_every_line_is_whole_and_says_where_it_is() -> None:
     lines = file.getvalue().splitlines()
     assert lines[0] == "pretrain: started"
     assert lines[1].startswith("pretrain: 1/300 steps  loss 2.5  tokens/s 4,321")
-    assert "  left " in lines[2]
+    assert "  left " in lines[3]
     assert lines[-1] == "pretrain: made model/demo-pretrain@1 in 1 min 01 s"
+
+
+def test_the_time_before_the_first_step_is_no_pace() -> None:
+    file = io.StringIO()
+    with RunProgress(Console(file=file, width=200), plain_every_seconds=0) as progress:
+        progress.stage_started("pretrain", "pretrain")
+        progress.stage_progress("pretrain", Progress(0, 300, "steps"))
+        time.sleep(1.0)
+        for step in (5, 10):
+            progress.stage_progress("pretrain", Progress(step, 300, "steps"))
+        progress.stage_progress("pretrain", Progress(3, 20, "answers"))
+    *_, first, second, other = file.getvalue().splitlines()
+    assert "left" not in first  # nothing is known yet; it would have been a minute
+    assert float(second.partition("left ")[2].removesuffix(" s")) < 15  # 29 with the start
+    assert "left" not in other
 
 
 def test_a_note_is_printed_whenever_it_comes() -> None:
