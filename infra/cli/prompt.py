@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,8 +14,11 @@ from infra.cli.output import Debug, Json, print_json, print_table, say
 from infra.local import route_logs, state_home
 
 if TYPE_CHECKING:
+    from configs.prompts import Example
     from configs.schema.prompting import PromptTemplate
     from configs.schema.tasks import Task as TaskFile
+    from pipelines.evaluation.items import Item
+    from pipelines.prompting.examples import FittedPrompt
     from pipelines.prompting.sweep_report import SweepReport
 
 app = typer.Typer(
@@ -75,7 +79,7 @@ def show(
     from configs.prompts import render_completion, render_messages
     from configs.schema.prompting import ExampleSelection
     from pipelines.evaluation.items import load_items
-    from pipelines.prompting.examples import Chooser, Pool, fit_prompt
+    from pipelines.prompting.examples import Chooser, Pool
 
     selection = ExampleSelection(strategy=strategy, seed=seed)
     asked = load_task(task)
@@ -88,14 +92,7 @@ def show(
     )
     facts: dict[str, object] = {"template": read.name, "version": read.digest, "examples": len(examples)}
     if model is not None:
-        from actors.engine.engine import Engine
-        from configs.schema.prompting import Drawing
-        from pipelines.prompting.cells import Way, sampling_of
-
-        engine = Engine.load(find_model_folder(model, home).folder, max_sequences=1)
-        way = Way(read, shots, Drawing(), chat=chat, held_to_choices=True)
-        room = engine.context_length - sampling_of(asked, items[item], way).max_new_tokens
-        fitted = fit_prompt(engine.text, read, items[item], examples, chat=chat, room=room)
+        fitted, room = _fit(model, home, asked, read, items[item], examples, chat=chat)
         examples = fitted.examples
         facts |= {"examples": len(examples), "asked": fitted.asked, "tokens": len(fitted.token_ids), "room": room}
     prompt = (
@@ -240,6 +237,28 @@ def sweep(
     for sentence in advice.sentences:
         typer.echo(sentence)
     say(f"{outcome.status} {artifact.ref}: {artifact.path / 'sweep.png'}")
+
+
+def _fit(
+    model: str,
+    home: Path,
+    task: TaskFile,
+    template: PromptTemplate,
+    item: Item,
+    examples: Sequence[Example],
+    *,
+    chat: bool,
+) -> tuple[FittedPrompt, int]:
+    """The prompt that a model gets, and the tokens that its window has for one beside the answer."""
+    from actors.engine.engine import Engine
+    from configs.schema.prompting import Drawing
+    from pipelines.prompting.cells import Way, sampling_of
+    from pipelines.prompting.examples import fit_prompt
+
+    engine = Engine.load(find_model_folder(model, home).folder, max_sequences=1)
+    way = Way(template, len(examples), Drawing(), chat=chat, held_to_choices=True)
+    room = engine.context_length - sampling_of(task, item, way).max_new_tokens
+    return fit_prompt(engine.text, template, item, examples, chat=chat, room=room), room
 
 
 def _numbers(shots: str) -> list[int]:
