@@ -22,6 +22,7 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "finetune": ("pipelines.stages.finetune", "FinetuneStage"),
     "evaluate": ("pipelines.stages.evaluate", "EvaluateStage"),
     "tasks": ("pipelines.stages.tasks", "TasksStage"),
+    "judge": ("pipelines.stages.judge", "JudgeStage"),
     "sweep": ("pipelines.stages.sweep", "SweepStage"),
     "compare": ("pipelines.stages.compare", "CompareStage"),
     "register": ("pipelines.stages.register", "RegisterStage"),

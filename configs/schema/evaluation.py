@@ -107,3 +107,36 @@ class TasksConfig(Config):
             if is_endpoint(model) and not model.partition("#")[2]:
                 raise ValueError(f"models.{label} names no model of the endpoint: write {model}#NAME")
         return models
+
+
+class JudgeConfig(Config):
+    """Stage `judge`: which of two models answers better, said by a third one. `ganymede judge` runs this stage."""
+
+    kind: Literal["judge"] = "judge"
+    first: Input
+    """A report of tasks, like `second`; both were asked alike."""
+    second: Input
+    first_model: str | None = None
+    """Label in the report; needed where it has several models."""
+    second_model: str | None = None
+    task: Annotated[str, Field(min_length=1)]
+    """A task of both reports whose answers are written."""
+    judge: Annotated[str, Field(min_length=1)]
+    """A chat model of an OpenAI-compatible endpoint: `http://127.0.0.1:8000/v1#NAME`."""
+    criterion: Annotated[str, Field(min_length=1)] = (
+        "Which answer serves better who asked: correct, complete, to the point?"
+    )
+    """What the judge is asked."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Items that are judged, the first ones of the reports; all unless set."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    """Room for what the judge says before its verdict."""
+    parallel: Annotated[int, Field(ge=1, le=256)] = placement(8)
+    """Requests in flight to the endpoint."""
+
+    @field_validator("judge")
+    @classmethod
+    def _is_a_model_of_an_endpoint(cls, judge: str) -> str:
+        if not (is_endpoint(judge) and judge.partition("#")[2]):
+            raise ValueError(f"judge is a model of an endpoint, http://HOST/v1#NAME; received {judge!r}")
+        return judge

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from configs.schema.base import Config, references
 from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
-from configs.schema.evaluation import EvaluateConfig, RegisterConfig, TasksConfig
+from configs.schema.evaluation import EvaluateConfig, JudgeConfig, RegisterConfig, TasksConfig
 from configs.schema.examples import BaselineConfig, ExamplesConfig
 from configs.schema.prompting import SweepConfig
 from configs.schema.serving import DeployConfig
@@ -27,6 +27,7 @@ StageConfig = Annotated[
     | FinetuneConfig
     | EvaluateConfig
     | TasksConfig
+    | JudgeConfig
     | SweepConfig
     | CompareConfig
     | RegisterConfig

@@ -1,4 +1,5 @@
-"""`ganymede evaluate`: a model's scores on tasks. `ganymede compare`: whether one is better than another."""
+"""`ganymede evaluate`: a model's scores on tasks. `ganymede compare`: whether one is better than another.
+`ganymede judge`: which of two a third one prefers."""
 
 from __future__ import annotations
 
@@ -101,6 +102,71 @@ def compare(
         ["task", "metric", "# A", "# B", "# B - A", "95 % interval", "# p", "verdict", "# items better", "# worse"],
         [_row(one) for one in found],
     )
+
+
+def judge(
+    first: Annotated[
+        str, typer.Argument(metavar="A", help="A report, report/NAME@VERSION; of several models, :MODEL.")
+    ],
+    second: Annotated[str, typer.Argument(metavar="B", help="The report of the same task that is held against A.")],
+    task: Annotated[
+        str, typer.Option("--task", "-t", metavar="TASK", help="A task of both whose answers are written.")
+    ],
+    by: Annotated[str, typer.Option("--by", metavar="MODEL", help="The judge: a chat model of the endpoint.")],
+    endpoint: Annotated[
+        str,
+        typer.Option(metavar="URL", help="OpenAI-compatible endpoint: http://127.0.0.1:8000/v1. Key: $OPENAI_API_KEY."),
+    ],
+    criterion: Annotated[
+        str | None, typer.Option(help="What the judge is asked, instead of which serves better.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Judge this many items.")] = None,
+    tracker: Annotated[
+        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
+    ] = "mlflow",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Lets a model judge which of two others answers better. Example: ganymede judge report/evaluate-a@1
+    report/evaluate-b@1 --task dialogsum --by gpt-oss --endpoint http://127.0.0.1:8000/v1.
+
+    Every pair of answers is shown in both orders; a model wins an item if both verdicts are for it, all else is a tie.
+    What a killed run asked is not asked again. A judge is no measurement: look at how often its two verdicts agree, and
+    how often it took the answer that stood first (0.5 is even).
+    """
+    home = state_home()
+    route_logs(home)
+    from actors.store.artifacts import ArtifactStore
+    from pipelines.evaluation.judging import JudgeReport
+
+    (a, _, a_model), (b, _, b_model) = first.partition(":"), second.partition(":")
+    stage = {"kind": "judge", "first": a, "second": b, "first_model": a_model or None, "second_model": b_model or None,
+             "task": task, "judge": f"{endpoint.rstrip('/')}#{by}", "limit": limit}  # fmt: skip
+    stage |= {} if criterion is None else {"criterion": criterion}
+    outcome = run_alone("judge", label_of(task), stage, home, tracker)
+    artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))
+    report = JudgeReport.load(artifact.path)
+    if as_json:
+        print_json({"report": str(artifact.ref), "folder": str(artifact.path), "status": outcome.status,
+                    **report.model_dump(mode="json")})  # fmt: skip
+        return
+    result = report.share
+    interval = f"{result.difference.low:+.3f} to {result.difference.high:+.3f}"
+    print_table(
+        ["# items", "# A wins", "# B wins", "# ties", "# B - A", "95 % interval", "# p", "verdict"],
+        [[str(report.items), str(report.wins[0]), str(report.wins[1]), str(report.ties),
+          f"{result.difference.value:+.3f}", interval, f"{result.p_value:.3f}", result.verdict]],
+    )  # fmt: skip
+    say(
+        f"{report.identical} equal answers, {report.unjudged} without a verdict; its two verdicts agree on "
+        f"{_share(report.agreement)} (kappa {_share(report.kappa)}), the answer shown first was taken "
+        f"{_share(report.shown_first)}"
+    )
+    say(f"{outcome.status} {artifact.ref}: {artifact.path}")
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2f}"
 
 
 def _reference(model: str, endpoint: str | None, home: Path) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -11,7 +11,7 @@ from configs.errors import ConfigError, DataError
 from pipelines.evaluation.asking import Row, read_rows
 from pipelines.evaluation.resampling import Difference, compare
 from pipelines.evaluation.scoring import LOWER_IS_BETTER, combine, stack
-from pipelines.evaluation.task_report import ANSWERS, TasksReport
+from pipelines.evaluation.task_report import ANSWERS, TaskFacts, TasksReport
 
 
 class Comparison(BaseModel):
@@ -39,6 +39,16 @@ def compare_reports(first: Path, second: Path, labels: tuple[str | None, str | N
         ConfigError: a report has no such model, or several and none is named.
         DataError: the reports share no task, or a task was not asked alike: other items, prompts or metrics.
     """
+    found: list[Comparison] = []
+    for task, facts, before, after in asked_alike(first, second, labels):
+        found += [_comparison(task, metric, before, after) for metric in facts.metrics]
+    return found
+
+
+def asked_alike(
+    first: Path, second: Path, labels: tuple[str | None, str | None]
+) -> Iterator[tuple[str, TaskFacts, Mapping[str, Row], Mapping[str, Row]]]:
+    """The tasks that both reports have, and each model's rows of them by item; raises as `compare_reports` does."""
     reports = (TasksReport.load(first), TasksReport.load(second))
     models = tuple(_model(report, label) for report, label in zip(reports, labels, strict=True))
     shared = [task for task in reports[0].tasks if task in reports[1].tasks]
@@ -47,7 +57,6 @@ def compare_reports(first: Path, second: Path, labels: tuple[str | None, str | N
             "the reports share no task", received=f"{', '.join(reports[0].tasks)}; {', '.join(reports[1].tasks)}",
             allowed="reports of the same tasks",
         )  # fmt: skip
-    found: list[Comparison] = []
     for task in shared:
         facts, others = reports[0].tasks[task], reports[1].tasks[task]
         if facts != others:
@@ -58,9 +67,7 @@ def compare_reports(first: Path, second: Path, labels: tuple[str | None, str | N
                 allowed="reports with the same task, data, limit, examples and template",
                 next_step="evaluate both models with the same command",
             )
-        before, after = _rows(first, models[0], task), _rows(second, models[1], task)
-        found += [_comparison(task, metric, before, after) for metric in facts.metrics]
-    return found
+        yield task, facts, _rows(first, models[0], task), _rows(second, models[1], task)
 
 
 def _model(report: TasksReport, label: str | None) -> str:

@@ -74,7 +74,7 @@ def goodness(task: Task, vectors: Vectors) -> float:
 
 def combine(metric: str) -> Combine:
     """The score of a metric from the sum of its vectors."""
-    return _COMBINE.get(metric, _mean)
+    return _COMBINE.get(metric, mean)
 
 
 def stack(rows: Sequence[Vectors], metric: str) -> Sums:
@@ -213,7 +213,8 @@ def _signature(scorer: BLEU | CHRF) -> str:
     return str(scorer.get_signature())
 
 
-def _mean(total: Sums) -> float:
+def mean(total: Sums) -> float:
+    """The first number of a sum over the second."""
     return float(total[0] / total[1])
 
 

@@ -61,3 +61,11 @@ def test_absent_data_and_an_unknown_task_are_one_message(typed: Typed, make_mode
     Path(task).with_name("items.jsonl").unlink()
     done = typed("evaluate", model, "--task", task, "--tracker", "none")
     assert (done.exit_code, "next: get it from example.org" in done.output) == (2, True)
+
+
+def test_a_judge_that_does_not_answer_is_one_message(typed: Typed, make_model: MakeModel, task: str) -> None:
+    report = json.loads(typed("evaluate", str(make_model()), "--task", task, "--tracker", "none", "--json").stdout)
+    nobody = ("--by", "j", "--endpoint", "http://127.0.0.1:9/v1", "--tracker", "none")
+    done = typed("judge", report["report"], report["report"], "--task", "signs", *nobody)
+    assert done.exit_code == 1
+    assert "http://127.0.0.1:9/v1/models gave no answer" in done.output
