@@ -17,6 +17,7 @@ A full run keeps its results in `benchmarks/results/`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -53,7 +54,7 @@ def main() -> int:
         measure = MODES[options.mode]
         figures, found = measure(options)
         document |= figures
-        page = "\n".join([f"# Corpus: {options.mode}", "", *_facts(document), str(measure.__doc__), "", found])
+        page = "\n".join([f"# Corpus: {options.mode}", "", *_facts(document), str(inspect.getdoc(measure)), "", found])
         agreed = "DIFFERENT" not in page
     if not options.quick:
         name = "corpus" if options.mode == "plain" else f"corpus-{options.mode}"

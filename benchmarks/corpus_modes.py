@@ -39,9 +39,9 @@ def _ours(source: Path, work: Path, *options: Any) -> dict[str, Any]:
     return run_module("benchmarks.corpus_ours", source, work, *options)
 
 
-def _warm(corpus: dict[str, Any]) -> float:
+def _warm(corpus: dict[str, Any], what: str = "seconds") -> float:
     """Median of the runs in processes that have our modules loaded."""
-    return float(median(corpus["seconds"][1:]))
+    return float(median(corpus[what][1:]))
 
 
 def _table(heads: list[str], rows: Rows) -> str:
@@ -114,7 +114,8 @@ def tokenizers(options: argparse.Namespace) -> Measured:
 
 
 def workers(options: argparse.Namespace) -> Measured:
-    """One worker process against two, workers warm: plain, and with filters and duplicates."""
+    """One worker process against two, workers warm. They work while documents are encoded (filtered, signed); the driver
+    lists, joins and merges by itself."""
     work, source, _ = _source(options, sys.maxsize)
     larger = work / "larger"
     if not larger.exists():
@@ -123,11 +124,18 @@ def workers(options: argparse.Namespace) -> Measured:
     rows: Rows = []
     for name, folder, flags in (("plain", larger, []), ("filters and duplicates", source, ["--refined"])):
         size = sum(path.stat().st_size for path in folder.glob("*.jsonl")) / 1e6
-        corpora = _ours(folder, work, *flags, "--workers", 1, 2, "--runs", 4, "--no-ids")["corpora"]
-        one, two = _warm(corpora["1"]), _warm(corpora["2"])
+        made = _ours(folder, work, *flags, "--workers", 1, 2, "--runs", 4, "--no-ids")
+        corpora = made["corpora"]
         figures[name] = {"megabytes": size, **corpora}
         same = "equal" if corpora["1"]["digest"] == corpora["2"]["digest"] else "DIFFERENT"
-        rows.append([name, f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", same])
+        for label, what in ((f"{name}, the whole stage", "seconds"), (f"{name}, encoding", "encoding")):
+            one, two = _warm(corpora["1"], what), _warm(corpora["2"], what)
+            rows.append([label, f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", same])
+    size = sum(path.stat().st_size for path in larger.glob("*.jsonl")) / 1e6
+    bare = {n: run_module("benchmarks.corpus_bare", larger, made["tokenizer"], "--workers", n) for n in (1, 2)}
+    one, two = (median(run["seconds"] for run in bare[n]["runs"]) for n in (1, 2))
+    rows.append(["the bare loop", f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", ""])
+    figures["bare"] = bare
     return figures, _table(["", "MB", "1 worker, s", "2 workers, s", "ratio", "digests"], rows) + "\n"
 
 

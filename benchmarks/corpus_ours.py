@@ -115,13 +115,14 @@ def _corpora(
         artifact = _run(CorpusStage(), config, {"tokenizer": tokenizer}, work, "bench")
         return time.perf_counter() - started, artifact
 
-    times = [once()[0] for _ in range(runs)]
+    done = [once() for _ in range(runs)]
     # Looking at every process twenty times a second takes a share of the driver's core, so it has a run of its own.
     with peaks("ray::") as memory:
         _, artifact = once()
     ray.shutdown()
     return {
-        "seconds": times,
+        "seconds": [seconds for seconds, _ in done],
+        "encoding": [made.manifest.summary["seconds_by_step"]["encode"] for _, made in done],
         "digest": artifact.digest,
         "encoder": artifact.manifest.summary.get("encoder"),
         "spans": artifact.manifest.summary.get("spans"),

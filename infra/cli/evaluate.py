@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,7 +12,7 @@ import typer
 from infra.cli.alone import label_of, model_reference, run_alone
 from infra.cli.models import MODEL_HELP
 from infra.cli.output import Debug, Json, print_json, print_table, say
-from infra.local import route_logs, state_home
+from infra.local import ray_session, route_logs, state_home
 
 if TYPE_CHECKING:
     from pipelines.evaluation.comparing import Comparison
@@ -35,6 +36,9 @@ def evaluate(
         typer.Option(metavar="URL", help="OpenAI-compatible endpoint: http://127.0.0.1:8000/v1. Key: $OPENAI_API_KEY."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask prompts as a user of the chat template.")] = False,
+    replicas: Annotated[
+        int, typer.Option(min=1, help="Copies of the model that share the items, in processes of the Ray cluster.")
+    ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Decides which examples are drawn.")] = 0,
     tracker: Annotated[
         Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
@@ -55,8 +59,9 @@ def evaluate(
 
     label, reference = _reference(model, endpoint, home)
     stage = {"kind": "tasks", "models": {label: reference}, "tasks": task, "shots": shots, "limit": limit, "chat": chat,
-             "seed": seed}  # fmt: skip
-    outcome = run_alone(_PROJECT, label, stage, home, tracker)
+             "seed": seed, "replicas": replicas}  # fmt: skip
+    with ray_session(home) if replicas > 1 else nullcontext():
+        outcome = run_alone(_PROJECT, label, stage, home, tracker)
     artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))
     from pipelines.evaluation.task_report import PAGE, TasksReport
 

@@ -35,6 +35,10 @@ def run_bounded(
     """
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
     limit = in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
+    lost = StageError(
+        f"a Ray task was lost {MAX_RETRIES + 1} times",
+        next_step="run the same command again: finished spans are kept; if memory is short, lower max_in_flight",
+    )
     waiting = iter(arguments)
     running: list[Any] = [remote.remote(argument) for argument in islice(waiting, limit)]
 
@@ -43,7 +47,7 @@ def run_bounded(
         while running:
             done, running = ray.wait(running, num_returns=1)
             running.extend(remote.remote(argument) for argument in islice(waiting, 1))
-            yield _result(done[0])
+            yield result_of(done[0], lost)
 
     try:
         yield results()
@@ -53,7 +57,13 @@ def run_bounded(
                 ray.cancel(reference)
 
 
-def _result(reference: Any) -> Any:
+def result_of(reference: Any, lost: GanymedeError) -> Any:
+    """What a task or an actor's method gave.
+
+    Raises:
+        GanymedeError: what it raised; or `lost`, if its worker is gone for good.
+        StageError: it failed otherwise.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -61,7 +71,4 @@ def _result(reference: Any) -> Any:
             raise error.cause from None
         raise StageError(f"a Ray task failed: {error.cause}", next_step="run with --debug for the traceback") from error
     except ray.exceptions.RayError as error:
-        raise StageError(
-            f"a Ray task was lost {MAX_RETRIES + 1} times: {error}",
-            next_step="run the same command again: finished spans are kept; if memory is short, lower max_in_flight",
-        ) from error
+        raise lost from error

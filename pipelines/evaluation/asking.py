@@ -1,12 +1,13 @@
 """Asks a model every item of a task once, and keeps each answer on disk as soon as its group is through.
 
-A run that was killed goes on with the items that have no answer yet. What is kept is a row for each item: what was
+The groups follow from the items alone, and a run that was killed goes on with those that have no answers yet. What is
+kept is a row for each item: what was
 asked, what was said, and what it adds to the sums of every metric.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -69,17 +70,24 @@ _SCHEMA = pa.schema(
 )  # fmt: skip
 
 
+Groups = Iterable[tuple[int, Sequence[Item]]]
+"""Items that are asked together, each group with its number."""
+AskGroups = Callable[[Task, Groups, Sequence[Item]], Iterator[tuple[int, list[Row]]]]
+"""Gives the rows of each group as they come, given the task, the groups and the examples."""
+
+
 def ask(
     task: Task,
     items: Sequence[Item],
     examples: Sequence[Item],
-    responder: Responder,
+    ask_groups: AskGroups,
     kept: Path,
     progress: Callable[[Sequence[Row]], None],
 ) -> list[Row]:
     """A row for each item, in their order; rows that `kept` holds already are not asked for again.
 
     Args:
+        ask_groups: `in_turn` of a model in this process or behind an endpoint, or a `Pool`.
         progress: told the rows so far, after every group.
 
     Raises:
@@ -87,17 +95,30 @@ def ask(
         DataError: a program's template names a field that an item lacks.
     """
     kept.mkdir(parents=True, exist_ok=True)
-    parts = sorted(kept.glob("*.parquet"))
-    rows = {row.item: row for part in parts for row in read_rows(part)}
-    missing = [item for item in items if item.id not in rows]
-    progress([rows[item.id] for item in items if item.id in rows])
-    for number, start in enumerate(range(0, len(missing), GROUP), start=len(parts)):
-        group = missing[start : start + GROUP]
-        made = _ask_group(task, group, examples, responder)
-        write_durably(kept / f"{number:06d}.parquet", _encoded(made))
-        rows |= {row.item: row for row in made}
-        progress([rows[item.id] for item in items if item.id in rows])
-    return [rows[item.id] for item in items]
+    groups = {start: items[start : start + GROUP] for start in range(0, len(items), GROUP)}
+    parts = {start: kept / f"{start:08d}.parquet" for start in groups}
+    rows = {start: read_rows(part) for start, part in parts.items() if part.exists()}
+
+    def done() -> list[Row]:
+        return [row for start in groups for row in rows.get(start, ())]
+
+    progress(done())
+    missing = [(start, group) for start, group in groups.items() if start not in rows]
+    for start, made in ask_groups(task, missing, examples):
+        write_durably(parts[start], _encoded(made))
+        rows[start] = made
+        progress(done())
+    return done()
+
+
+def in_turn(responder: Responder) -> AskGroups:
+    """Asks one model one group after the other."""
+
+    def ask_groups(task: Task, groups: Groups, examples: Sequence[Item]) -> Iterator[tuple[int, list[Row]]]:
+        for number, group in groups:
+            yield number, ask_group(task, group, examples, responder)
+
+    return ask_groups
 
 
 def read_rows(path: Path, *, model: str | None = None, task: str | None = None) -> list[Row]:
@@ -131,7 +152,8 @@ def _table(rows: Sequence[Row]) -> Any:
     return pa.Table.from_pylist(dumped, schema=_SCHEMA)
 
 
-def _ask_group(task: Task, items: Sequence[Item], examples: Sequence[Item], responder: Responder) -> list[Row]:
+def ask_group(task: Task, items: Sequence[Item], examples: Sequence[Item], responder: Responder) -> list[Row]:
+    """The rows of items that are asked together; raises as `ask` does."""
     if task.kind == "language_modelling":
         prompts = [item.prompt for item in items]
     elif responder.reads_only or task.kind == "entities":

@@ -53,8 +53,9 @@ class CorpusStage:
             DataError: a split is empty, too many files are unusable, or a file changes meanwhile.
             StorageError: the parts cannot be written.
         """
-        started = time.monotonic()
+        steps = _Steps()
         listing = list_source(config.source)
+        steps.end("list")
         tokenizer = inputs["tokenizer"]
         contract = _read_contract(tokenizer.path)
         encoder, reason = fastest_encoder(tokenizer.path)
@@ -65,6 +66,7 @@ class CorpusStage:
             reason = f"{encoder.backend} encoded {encoded.differing} differently"
             encoder = Encoder.load(tokenizer.path, "tokenizers")
             encoded = _encode(config, listing, tokenizer, encoder, evaluation, context)
+        steps.end("encode")
         check_unchanged(listing, config.source)
         if encoder.backend != "tokenizers":
             reason = f"ids equal to those of tokenizers on {encoded.compared} texts"
@@ -75,6 +77,7 @@ class CorpusStage:
         checked = settle(evaluation, account, config.contamination)
         selection = Selection.make(parts, encoded.spans, config.dedup)
         account.leave_out(selection.dropped)
+        steps.end("select")
 
         context.check_lease()
         tally = Tally()
@@ -90,9 +93,31 @@ class CorpusStage:
             **split_figures(index.splits),
         }
         _publish(report, config, index, context)
-        seconds = time.monotonic() - started
-        speed = {"seconds": seconds, "megabytes_per_second": listing.size_bytes / 1e6 / seconds}
+        steps.end("merge")
+        speed = steps.speed(listing.size_bytes)
         return {**report, **speed, "spans": encoded.spans, "encoder": encoder.backend, "encoder_reason": reason}
+
+
+class _Steps:
+    """How long each step took, one after the other."""
+
+    def __init__(self) -> None:
+        self._began = self._ended = time.monotonic()
+        self._seconds: dict[str, float] = {}
+
+    def end(self, step: str) -> None:
+        """What was done since the last step ended was this one."""
+        now = time.monotonic()
+        self._seconds[step], self._ended = now - self._ended, now
+
+    def speed(self, size_bytes: int) -> dict[str, Any]:
+        """Seconds in all and by step, and the source's megabytes a second."""
+        seconds = self._ended - self._began
+        return {
+            "seconds": seconds,
+            "seconds_by_step": {step: round(taken, 3) for step, taken in self._seconds.items()},
+            "megabytes_per_second": size_bytes / 1e6 / seconds,
+        }
 
 
 def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:

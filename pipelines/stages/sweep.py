@@ -22,7 +22,7 @@ from configs.load import load_task, load_template
 from configs.schema.model import is_folder
 from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate, SweepConfig
 from configs.schema.tasks import Task
-from pipelines.evaluation.asking import ask
+from pipelines.evaluation.asking import ask, in_turn
 from pipelines.evaluation.items import Item, SplitName, load_items, split_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
@@ -212,7 +212,8 @@ def _ask_reference(
 ) -> tuple[list[Vectors], int]:
     """What each item adds to the sums, and how many have no answer."""
     model = LocalModel.load(folder, max_sequences=config.max_sequences, chat=False)
-    rows = ask(sweep.task, sweep.items, [], model, context.work / "references" / label, lambda _: context.check_lease())
+    kept = context.work / "references" / label
+    rows = ask(sweep.task, sweep.items, [], in_turn(model), kept, lambda _: context.check_lease())
     return [row.vectors for row in rows], sum(row.response.error is not None for row in rows)
 
 

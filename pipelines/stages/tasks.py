@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,13 +16,13 @@ from configs.errors import ConfigError, DataError
 from configs.load import load_task
 from configs.schema.evaluation import TasksConfig, is_endpoint, stands_alone
 from configs.schema.tasks import Task
-from pipelines.evaluation.asking import Row, ask, write_rows
+from pipelines.evaluation.asking import AskGroups, Row, ask, in_turn, write_rows
 from pipelines.evaluation.endpoints import Endpoint
 from pipelines.evaluation.items import Item, load_items, split_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.page import render
-from pipelines.evaluation.responses import Responder
+from pipelines.evaluation.pool import Pool
 from pipelines.evaluation.task_report import (
     ANSWERS,
     PAGE,
@@ -89,13 +90,12 @@ class TasksStage:
         models: dict[str, ModelReport] = {}
         speeds: dict[str, dict[str, float]] = {}
         for label in config.models:
-            responder = _responder(config, label, artifacts[label])
             results: dict[str, Scores] = {}
-            for name, one in asked.items():
-                rows[label, name], speeds[f"{label}/{name}"] = _ask(responder, label, name, one, context)
-                results[name] = scores(one.task, rows[label, name], known[label, name])
-            models[label] = ModelReport(facts=responder.facts(), tasks=results)
-            del responder
+            with _opened(config, label, artifacts[label]) as (ask_groups, facts):
+                for name, one in asked.items():
+                    rows[label, name], speeds[f"{label}/{name}"] = _ask(ask_groups, label, name, one, context)
+                    results[name] = scores(one.task, rows[label, name], known[label, name])
+                models[label] = ModelReport(facts=facts(), tasks=results)
         report = TasksReport(tasks={name: one.facts for name, one in asked.items()}, models=models)
         (context.out / REPORT).write_text(report.to_json(), encoding="utf-8")
         (context.out / PAGE).write_text(render(report, rows), encoding="utf-8")
@@ -166,16 +166,27 @@ def _endpoint(model: str, config: TasksConfig) -> Endpoint:
     return Endpoint(url, name, chat=config.chat, parallel=config.parallel)
 
 
-def _responder(config: TasksConfig, label: str, artifact: Artifact | None) -> Responder:
+@contextmanager
+def _opened(
+    config: TasksConfig, label: str, artifact: Artifact | None
+) -> Iterator[tuple[AskGroups, Callable[[], dict[str, Any]]]]:
+    """How to ask a model, and how to get what the report says of it."""
     model = config.models[label]
     if artifact is None and is_endpoint(model):
-        return _endpoint(model, config)
+        endpoint = _endpoint(model, config)
+        yield in_turn(endpoint), endpoint.facts
+        return
     folder = Path(model).expanduser().absolute() if artifact is None else artifact.path
-    return LocalModel.load(folder, max_sequences=config.max_sequences, chat=config.chat)
+    if config.replicas == 1:
+        loaded = LocalModel.load(folder, max_sequences=config.max_sequences, chat=config.chat)
+        yield in_turn(loaded), loaded.facts
+        return
+    with Pool(folder, replicas=config.replicas, max_sequences=config.max_sequences, chat=config.chat) as pool:
+        yield pool.ask_groups, pool.facts
 
 
 def _ask(
-    responder: Responder, label: str, name: str, asked: _Asked, context: StageContext
+    ask_groups: AskGroups, label: str, name: str, asked: _Asked, context: StageContext
 ) -> tuple[list[Row], dict[str, float]]:
     began = time.monotonic()
     before: list[int] = []
@@ -187,7 +198,7 @@ def _ask(
         context.progress(Progress(len(rows), len(asked.items), f"items of {name}", figures))
 
     kept = context.work / "answers" / label / name
-    rows = ask(asked.task, asked.items, asked.examples, responder, kept, progress)
+    rows = ask(asked.task, asked.items, asked.examples, ask_groups, kept, progress)
     seconds = time.monotonic() - began
     new = len(rows) - before[0]
     tokens = sum(row.response.tokens for row in rows)
