@@ -114,8 +114,8 @@ def tokenizers(options: argparse.Namespace) -> Measured:
 
 
 def workers(options: argparse.Namespace) -> Measured:
-    """One worker process against two, workers warm. They work while documents are encoded (filtered, signed); the driver
-    lists, joins and merges by itself."""
+    """One worker process against two, workers warm. They work while documents are encoded (filtered, signed); listing,
+    joining and merging are the driver's."""
     work, source, _ = _source(options, sys.maxsize)
     larger = work / "larger"
     if not larger.exists():

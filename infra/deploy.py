@@ -282,7 +282,7 @@ def _wait_until_ready(url: str, model: ServedModel, seconds: float) -> None:
 def _health(url: str) -> dict[str, Any]:
     """What `/health` says; empty while nobody answers or no replica is ready."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=10) as response:
+        with urllib.request.urlopen(f"{url}/health?wake", timeout=10) as response:
             return dict(json.load(response))
     except OSError:
         return {}

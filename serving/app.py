@@ -52,6 +52,9 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         autoscaling_config=AutoscalingConfig(
             min_replicas=config.replicas_min,
             max_replicas=config.replicas_max,
+            # Whether the model can be served is seen when it is deployed, not when it is first asked.
+            initial_replicas=max(1, config.replicas_min),
+            downscale_to_zero_delay_s=config.idle_seconds,
             target_ongoing_requests=max(1.0, BUSY_SHARE * sequences),
             upscale_delay_s=UPSCALE_SECONDS,
             policy=AutoscalingPolicy(policy_function=WorkPolicy, policy_kwargs=asdict(aim)),

@@ -287,6 +287,10 @@ class Backend(Protocol):
         """How the replica is."""
         ...
 
+    async def asleep(self) -> bool:
+        """Whether no replica runs."""
+        ...
+
     async def reports(self) -> Sequence[LoadReport]:
         """The work of each replica; of those that say nothing in time there is none."""
         ...

@@ -106,14 +106,24 @@ class RemoteEngine:
         """How one of the replicas is; waits while there is none."""
         return await self._handle.status.remote()
 
+    async def asleep(self) -> bool:
+        """Whether no replica runs; does not start one."""
+        return await self._reports() is None
+
     async def reports(self) -> Sequence[LoadReport]:
         """The work of each replica; of those that say nothing in time there is none."""
+        return await self._reports() or ()
+
+    async def _reports(self) -> Sequence[LoadReport] | None:
+        """None if there is no replica."""
         try:
             answers = await self._handle.broadcast("report").results_async(
                 timeout_s=REPORT_SECONDS, return_exceptions=True
             )
-        except (TimeoutError, *_NONE_THERE):
+        except TimeoutError:
             return ()
+        except _NONE_THERE:
+            return None
         return [answer for answer in answers if isinstance(answer, LoadReport)]
 
 

@@ -149,6 +149,10 @@ class EngineReplica:
         """The same, asked by Ray Serve for `autoscaling.WorkPolicy`."""
         return asdict(self._watch.report)
 
+    async def asleep(self) -> bool:
+        """Never: this is a replica."""
+        return False
+
     async def reports(self) -> list[LoadReport]:
         """Of all replicas: there is this one."""
         return [self._watch.report]

@@ -38,9 +38,12 @@ class ServingConfig(Config):
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to bind; loopback unless told otherwise."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    replicas_min: Annotated[int, Field(ge=1)] = 1
+    replicas_min: Annotated[int, Field(ge=0)] = 1
+    """0 lets the last replica go after `idle_seconds`; the next request waits until one has started."""
     replicas_max: Annotated[int, Field(ge=1)] = 2
     """Replicas of the engine under load; between the two, their number follows the work there is."""
+    idle_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """Without work for this long, the last replica ends if `replicas_min` is 0."""
     first_token_seconds: Annotated[float, Field(gt=0)] = 2.0
     """Replicas are added when the prompts that wait cannot be read within this time."""
     max_sequences: Annotated[int, Field(ge=1)] = 16

@@ -97,8 +97,13 @@ class _Routes:
         """Prometheus' text format."""
         return Response(self._metrics.exposition(await self._engine.reports()), media_type=CONTENT_TYPE)
 
-    async def health(self) -> Response:
-        """200 once a replica has the model loaded and its engine takes steps; 503 before and when it has stopped."""
+    async def health(self, request: Request) -> Response:
+        """200 once a replica has the model loaded and its engine takes steps; 503 before and when it has stopped.
+
+        200 too while no replica runs as there is nothing to do; with `?wake` one is started then.
+        """
+        if self._config.replicas_min == 0 and "wake" not in request.query_params and await self._engine.asleep():
+            return JSONResponse({"status": "asleep", "model": self._model.name})
         try:
             status = await asyncio.wait_for(self._engine.status(), HEALTH_TIMEOUT_SECONDS)
         except TimeoutError:
