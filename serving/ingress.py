@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]  # ships no types
@@ -17,6 +18,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from configs.errors import OverloadedError
 from configs.schema.serving import ServingConfig
 from serving.calls import (
     LOST,
@@ -32,6 +34,7 @@ from serving.calls import (
     ServedModel,
     Tokens,
 )
+from serving.door import Door
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
 from serving.replay import DELAYS_SECONDS, Progress
@@ -56,11 +59,25 @@ class RemoteEngine:
     def __init__(self, handle: DeploymentHandle, metrics: Metrics) -> None:
         self._metrics = metrics
         self._handle = handle
+        self._door = Door()
         # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica.
         self._streaming = handle.options(stream=True)
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers in batches; closing the iterator, or cancelling its reader, cancels the call in the replica."""
+        sequences = len(call.prompts) * call.choices
+        refusal = self._door.refusal(sequences)
+        if refusal is not None:
+            yield refusal
+            return
+        with self._door.passed(sequences):
+            async with aclosing(self._relayed(call)) as batches:
+                async for batch in batches:
+                    if isinstance(batch, Refusal) and batch.code == OverloadedError.code:
+                        self._door.refused(batch)
+                    yield batch
+
+    async def _relayed(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         progress = Progress(call)
         while True:
             response = self._streaming.stream.remote(progress.rest())
