@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,3 +171,31 @@ def _learn(model, text: Text) -> None:
 
 def read_answers(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -> Iterator[str]:
+    """A server on loopback that has one model; `answer` gives status and body for what is posted. `URL#name`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None: ...
+
+        def do_GET(self) -> None:
+            self.say(200, json.dumps({"data": [{"id": name, "object": "model"}]}).encode())
+
+        def do_POST(self) -> None:
+            self.say(*answer(json.loads(self.rfile.read(int(self.headers["content-length"])))))
+
+        def say(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1#{name}"
+    finally:
+        server.shutdown()
+        server.server_close()

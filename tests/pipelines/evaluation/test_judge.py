@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from evaluation_world import World, stage_context
+from evaluation_world import World, endpoint, stage_context
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -32,35 +30,16 @@ Say = Callable[[str, str], str]
 
 @contextmanager
 def judge(say: Say, asked: list[str] | None = None) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        prompt = body["messages"][0]["content"]
+        if asked is not None:
+            asked.append(prompt)
+        a, _, b = prompt.partition("## Answer A\n")[2].partition("\n\n## Answer B\n")
+        message = {"role": "assistant", "content": say(a, b.removesuffix("\n"))}
+        return 200, json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
 
-        def do_GET(self) -> None:
-            self.answer({"data": [{"id": "j", "object": "model"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            prompt = body["messages"][0]["content"]
-            if asked is not None:
-                asked.append(prompt)
-            a, _, b = prompt.partition("## Answer A\n")[2].partition("\n\n## Answer B\n")
-            message = {"role": "assistant", "content": say(a, b.removesuffix("\n"))}
-            self.answer({"choices": [{"message": message, "finish_reason": "stop"}]})
-
-        def answer(self, value: Any) -> None:
-            content = json.dumps(value).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1#j"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with endpoint("j", answer) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

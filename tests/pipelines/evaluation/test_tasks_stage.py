@@ -7,13 +7,12 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from evaluation_world import PAIRS, World, publish, stage_context
+from evaluation_world import PAIRS, World, endpoint, publish, stage_context
 
 from actors.engine.engine import Engine
 from actors.engine.request import Request
@@ -210,47 +209,28 @@ def served(world: World, trouble: Callable[[int], tuple[int, bytes] | None]) -> 
     engine = Engine.load(world.inputs["models.finetuned"].path)
     lock, seen = threading.Lock(), [0]
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
+    def complete(body: dict[str, Any]) -> dict[str, Any]:
+        ids = tuple(engine.text.encode(body["prompt"]))
+        scored = 0 if body.get("echo") else None
+        sampling = Sampling(
+            max_new_tokens=body["max_tokens"], temperature=body["temperature"], prompt_logprobs=scored,
+            stop=tuple(body.get("stop", ())), seed=body.get("seed", 0),
+        )  # fmt: skip
+        (done,) = engine.generate([Request("x", ids, sampling)])
+        scores = [None, *(entry.logprob for entry in done.prompt_logprobs or ())]
+        offsets = [len(engine.text.decode(ids[:n])) for n in range(len(ids))]
+        logprobs = {"text_offset": offsets, "token_logprobs": scores} if body.get("echo") else None
+        choice = {"text": done.text, "finish_reason": done.finish_reason, "logprobs": logprobs}
+        return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(done.token_ids)}}
 
-        def do_GET(self) -> None:
-            self.say(200, json.dumps({"data": [{"id": "m", "object": "model"}]}).encode())
+    def answer(body: dict[str, Any]) -> tuple[int, bytes]:
+        with lock:
+            number = seen[0]
+            seen[0] += 1
+            return trouble(number) or (200, json.dumps(complete(body)).encode())
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            with lock:
-                number = seen[0]
-                seen[0] += 1
-                wrong = trouble(number)
-                self.say(*(wrong or (200, json.dumps(self.complete(body)).encode())))
-
-        def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-            ids = tuple(engine.text.encode(body["prompt"]))
-            scored = 0 if body.get("echo") else None
-            sampling = Sampling(
-                max_new_tokens=body["max_tokens"], temperature=body["temperature"], prompt_logprobs=scored,
-                stop=tuple(body.get("stop", ())), seed=body.get("seed", 0),
-            )  # fmt: skip
-            (done,) = engine.generate([Request("x", ids, sampling)])
-            scores = [None, *(entry.logprob for entry in done.prompt_logprobs or ())]
-            offsets = [len(engine.text.decode(ids[:n])) for n in range(len(ids))]
-            logprobs = {"text_offset": offsets, "token_logprobs": scores} if body.get("echo") else None
-            choice = {"text": done.text, "finish_reason": done.finish_reason, "logprobs": logprobs}
-            return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(done.token_ids)}}
-
-        def say(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.send_header("content-length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1#m"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with endpoint("m", answer) as url:
+        yield url
 
 
 @pytest.fixture
