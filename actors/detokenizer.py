@@ -138,3 +138,24 @@ class WindowStream:
 
     def _delta(self) -> str:
         return self._decode(self._window)[len(self._decode(self._window[: self._shown])) :]
+
+
+class MarkedStream:
+    """Writes some tokens by names of their own; what stands between them is decoded as a text for itself."""
+
+    def __init__(self, names: Mapping[int, str], start: Callable[[], ByteStream | WindowStream]) -> None:
+        self._names = names
+        self._start = start
+        self._stream = start()
+
+    def push(self, token_id: int) -> str:
+        """Text that is complete with this token."""
+        name = self._names.get(token_id)
+        if name is None:
+            return self._stream.push(token_id)
+        held, self._stream = self._stream.flush(), self._start()
+        return held + name
+
+    def flush(self) -> str:
+        """What is held, an incomplete character as U+FFFD."""
+        return self._stream.flush()

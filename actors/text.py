@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import jinja2
 from tokenizers import Tokenizer
 
-from actors.detokenizer import ByteStream, Spelling, WindowStream, spelling, token_bytes
+from actors.chat_template import ChatTemplate, Message, respelt, strings
+from actors.detokenizer import ByteStream, MarkedStream, Spelling, WindowStream, spelling, token_bytes
+from actors.tools import Convention
 from configs.artifacts import TextContract, hash_json
 from configs.errors import ContractError, RequestError
 
@@ -92,7 +93,7 @@ class Text:
         # Added tokens found in this one's input are encoded as the text they are.
         self._plain = Tokenizer.from_str(tokenizer.to_str())
         self._plain.encode_special_tokens = True
-        self._template = template
+        self._template = None if template is None else ChatTemplate(template, special)
         self._special = dict(special)
         added = tokenizer.get_added_tokens_decoder()
         self._special_ids = {token.content: i for i, token in added.items() if token.special}
@@ -203,19 +204,40 @@ class Text:
         """Tokens that are no part of a text."""
         return frozenset(self._special_ids.values())
 
-    def stream_decoder(self) -> StreamDecoder:
-        """A decoder for one new sequence."""
+    def special_id(self, name: str) -> int | None:
+        """The special token of this name; None if there is none."""
+        return self._special_ids.get(name)
+
+    def stream_decoder(self, spelt: frozenset[int] = frozenset()) -> StreamDecoder:
+        """A decoder for one new sequence; the special tokens in `spelt` are written by their names."""
+        if spelt:
+            names = {token: name for name, token in self._special_ids.items() if token in spelt}
+            return MarkedStream(names, self._plain_decoder)
+        return self._plain_decoder()
+
+    def _plain_decoder(self) -> ByteStream | WindowStream:
         if self._bytes is not None:
             return ByteStream(self._bytes, frozenset(self._special_ids.values()))
         return WindowStream(self.decode)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+    @property
+    def tool_convention(self) -> Convention | None:
+        """How the model writes calls of tools; None if it has no template, or one that is not known to take tools."""
+        return None if self._template is None else self._template.convention
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Token ids of a conversation under the chat template.
 
-        Special tokens come from the template alone: a special token's name in a message's content is encoded as
+        Special tokens come from the template alone: a special token's name in a message or a tool is encoded as
         ordinary characters. Raises `RequestError` if there is no template or it refuses the messages.
         """
-        rendered, marks = self._render_marked(messages, add_generation_prompt)
+        rendered, marks = self._render_marked(messages, add_generation_prompt, tools)
         if not marks:
             return self._tokenizer.encode(rendered, add_special_tokens=False).ids
         ids: list[int] = []
@@ -223,9 +245,7 @@ class Text:
             ids.extend(self.encode(segment) if isinstance(segment, str) else (segment,))
         return ids
 
-    def chat_segments(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[str | int]:
+    def chat_segments(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[str | int]:
         """A conversation under the chat template as runs of ordinary text and, between them, ids of special tokens.
 
         For encoders other than this one. Raises as `render_chat` does.
@@ -233,20 +253,28 @@ class Text:
         return list(self._segments(*self._render_marked(messages, add_generation_prompt)))
 
     def _render_marked(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Mapping[str, Any]] = ()
     ) -> tuple[str, Mapping[str, str]]:
-        """The rendered conversation, and by name the characters that stand for special tokens' names in messages."""
-        contents = "\n".join(message["content"] for message in messages)
+        """The rendered conversation, and by name the characters that stand for special tokens' names in texts."""
+        if self._template is None:
+            raise RequestError(
+                "this model has no chat template",
+                param="messages",
+                allowed="text completion",
+                next_step="use /v1/completions, or a model whose tokenizer has a chat template",
+            )
+        contents = "\n".join(strings([messages, tools]))
         named = sorted(set(self._special_pattern.findall(contents)))
         if not named:
-            return self._render(messages, add_generation_prompt), {}
+            return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools), {}
         # Characters found nowhere in the conversation stand for the names while the template runs.
         unused = (c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in contents)
         marks = dict(zip(named, unused, strict=False))
         marked = [
-            {**m, "content": self._special_pattern.sub(lambda name: marks[name[0]], m["content"])} for m in messages
+            respelt(part, lambda text: self._special_pattern.sub(lambda name: marks[name[0]], text))
+            for part in (messages, tools)
         ]
-        return self._render(marked, add_generation_prompt), marks
+        return self._template.render(marked[0], add_generation_prompt=add_generation_prompt, tools=marked[1]), marks
 
     def _segments(self, rendered: str, marks: Mapping[str, str]) -> Iterator[str | int]:
         names = str.maketrans({mark: name for name, mark in marks.items()})
@@ -259,39 +287,13 @@ class Text:
         if end < len(rendered):
             yield rendered[end:].translate(names)
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
-        if self._template is None:
-            raise RequestError(
-                "this model has no chat template",
-                param="messages",
-                allowed="text completion",
-                next_step="use /v1/completions, or a model whose tokenizer has a chat template",
-            )
-        # Here and not above: it takes a second to import, and most users of this module only encode.
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered, _ = render_jinja_template(
-                conversations=[[dict(m) for m in messages]],
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-            )
-        except jinja2.TemplateError as error:
-            raise RequestError(
-                f"the model's chat template refuses these messages: {error}",
-                param="messages",
-                received=[m.get("role") for m in messages],
-            ) from error
-        return rendered[0]
-
     def _special_id(self, name: str) -> int | None:
         token = self._special.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def _fingerprint(self) -> str:
         tokenizer = json.loads(self._tokenizer.to_str())
-        return hash_json([tokenizer, self._template, self._special])
+        return hash_json([tokenizer, self._template and self._template.source, self._special])
 
 
 def make_contract(folder: Path) -> TextContract:

@@ -6,11 +6,13 @@ exception: Ray wraps exceptions that cross processes, and what the client is to 
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from actors.engine.encodings import Encoding
+from actors.tools import Convention, Function, ToolUse
 from configs.errors import GanymedeError, InputError, OverloadedError, RequestError
 from configs.schema.generation import Sampling
 
@@ -81,11 +83,38 @@ def fingerprint(digest: str) -> str:
 
 
 @dataclass(frozen=True)
+class PastCall:
+    """A call of a function that the assistant made before."""
+
+    id: str
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation."""
 
     role: str
     content: str
+    calls: tuple[PastCall, ...] = ()
+    """Of the assistant."""
+    call_id: str | None = None
+    """Of the call whose result this is."""
+    call_name: str | None = None
+    """The function that was called there."""
+
+    @property
+    def rendered(self) -> dict[str, Any]:
+        """What a chat template gets; only what is there."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.calls:
+            turn["tool_calls"] = [
+                {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": json.loads(c.arguments)}}
+                for c in self.calls
+            ]
+        return turn if self.call_id is None else {**turn, "tool_call_id": self.call_id, "name": self.call_name}
 
 
 @dataclass(frozen=True)
@@ -93,6 +122,8 @@ class Conversation:
     """Turns that the assistant's next one is to follow."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Function, ...] = ()
+    """What is offered there."""
 
 
 Prompt = str | tuple[int, ...] | Conversation
@@ -125,6 +156,8 @@ class Call:
     that has ended."""
     begun_by: str | None = None
     """Digest of the model that wrote them; no other can go on."""
+    tool_use: ToolUse | None = None
+    """What the answers may call; None for texts alone."""
 
 
 ReadTask = Literal["embeddings", "classify", "ner", "score"]
@@ -188,6 +221,8 @@ class Piece:
     """Of the model that wrote it; during an update it may be the one before."""
     token_ids: tuple[int, ...] = ()
     """The tokens behind it: with them another replica can go on."""
+    convention: Convention | None = None
+    """How calls are written in the text, if there may be any."""
 
     @classmethod
     def joined(cls, pieces: Sequence[Piece]) -> Piece:

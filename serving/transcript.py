@@ -10,6 +10,7 @@ from serving.calls import Piece, TokenScore
 if TYPE_CHECKING:
     from actors.engine.request import Request, TokenEvent, TokenLogprob
     from actors.text import Text
+    from actors.tools import Convention
 
 
 class Transcript:
@@ -22,10 +23,19 @@ class Transcript:
         digest: of the model.
         echo: the prompt's text, if the answer begins with it.
         report_sampling: whether the last piece says how the answer was sampled.
+        convention: how calls of tools are written in the answer, if there may be any.
     """
 
     def __init__(
-        self, index: int, request: Request, text: Text, digest: str, *, echo: str | None, report_sampling: bool
+        self,
+        index: int,
+        request: Request,
+        text: Text,
+        digest: str,
+        *,
+        echo: str | None,
+        report_sampling: bool,
+        convention: Convention | None,
     ) -> None:
         self._index = index
         self._request = request
@@ -34,7 +44,8 @@ class Transcript:
         self._echo = echo
         self._report_sampling = report_sampling
         self._scored = request.sampling.logprobs is not None
-        self._decoder = text.stream_decoder()
+        self._convention = convention
+        self._decoder = text.stream_decoder(request.spelt)
         self._length = 0
         """Characters of the tokens scored so far."""
         if request.generated:
@@ -65,6 +76,7 @@ class Transcript:
             token_ids=event.token_ids,
             finish_reason=reason,
             scores=tuple(scores) if self._scored else None,
+            convention=self._convention,
             sampling=self._request.sampling if self._report_sampling and reason is not None else None,
         )
 

@@ -16,7 +16,9 @@ from actors.engine.engine import Engine
 from actors.engine.request import Request, TokenEvent
 from actors.engine.seq2seq import Seq2SeqEngine
 from actors.engine.stream import AsyncEngine
+from actors.tools import Convention
 from configs.errors import GanymedeError, RequestError
+from configs.schema.generation import Structure
 from serving.calls import Call, Conversation, Piece, Prompt, Refusal
 from serving.transcript import Transcript
 
@@ -52,11 +54,17 @@ class Writer:
         parts: dict[int, list[Piece]] = {}
         try:
             self._check(call)
+            convention = self._convention(call)
+            if convention is not None and call.tool_use is not None:
+                structure = Structure(grammar=convention.grammar(call.tool_use, self._text.special_id(convention.mark)))
+                call = replace(call, sampling=call.sampling.model_copy(update={"structure": structure}))
             if call.sampling.structure is not None:
                 # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
                 await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
-            requests = self._requests(call)
-            transcripts = {index: self._transcript(call, index, request) for index, request in requests.items()}
+            requests = self._requests(call, convention)
+            transcripts = {
+                index: self._transcript(call, index, request, convention) for index, request in requests.items()
+            }
             async with aclosing(self._events(requests)) as batches:
                 async for batch in batches:
                     pieces = [transcripts[index].piece(event) for index, event in batch]
@@ -76,8 +84,10 @@ class Writer:
     def token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """What the model reads for a prompt. Raises `RequestError` for a conversation that it has no template for."""
         if isinstance(prompt, Conversation):
-            messages = [{"role": m.role, "content": m.content} for m in prompt.messages]
-            return tuple(self._text.render_chat(messages, add_generation_prompt=True))
+            if self._text.tool_convention is None:
+                _refuse_tools(prompt)
+            messages, tools = [m.rendered for m in prompt.messages], [tool.rendered for tool in prompt.tools]
+            return tuple(self._text.render_chat(messages, add_generation_prompt=True, tools=tools))
         if isinstance(prompt, str):
             return self._text.encode_input(prompt).token_ids if self._reads_source else tuple(self._text.encode(prompt))
         return prompt
@@ -127,11 +137,17 @@ class Writer:
                 allowed="echo: false",
             )
 
-    def _requests(self, call: Call) -> dict[int, Request]:
+    def _convention(self, call: Call) -> Convention | None:
+        """How calls of tools are written in the answers, if there may be any; None too where the prompt will refuse."""
+        return None if call.tool_use is None else self._text.tool_convention
+
+    def _requests(self, call: Call, convention: Convention | None) -> dict[int, Request]:
         """The engine's requests by index: all choices of the first prompt, then of the next, those left out that have
         ended. Raises `RequestError` for what the model cannot take.
         """
         requests: list[Request] = []
+        mark = None if convention is None else self._text.special_id(convention.mark)
+        spelt = frozenset() if mark is None else frozenset({mark})
         for index, (prompt, seed) in enumerate(zip(call.prompts, call.seeds, strict=True)):
             ids = self.token_ids(prompt)
             limit = self._limit(call, len(ids), "messages" if isinstance(prompt, Conversation) else "prompt")
@@ -143,7 +159,7 @@ class Writer:
                     allowed=f"at most {limit}",
                 )
             sampling = call.sampling.model_copy(update={"max_new_tokens": limit, "seed": seed})
-            requests += Request(f"{call.id}-{index}", ids, sampling).choices(call.choices)
+            requests += Request(f"{call.id}-{index}", ids, sampling, spelt=spelt).choices(call.choices)
         if call.begun is None:
             return dict(enumerate(requests))
         return {
@@ -152,12 +168,20 @@ class Writer:
             if given is not None
         }
 
-    def _transcript(self, call: Call, index: int, request: Request) -> Transcript:
+    def _transcript(self, call: Call, index: int, request: Request, convention: Convention | None) -> Transcript:
         prompt = call.prompts[index // call.choices]
         echo = None
         if call.echo:
             echo = prompt if isinstance(prompt, str) else self._text.decode(request.prompt_ids)
-        return Transcript(index, request, self._text, self._digest, echo=echo, report_sampling=call.report_sampling)
+        return Transcript(
+            index,
+            request,
+            self._text,
+            self._digest,
+            echo=echo,
+            report_sampling=call.report_sampling,
+            convention=convention,
+        )
 
     def _limit(self, call: Call, prompt_tokens: int, param: str) -> int:
         """Tokens to generate at most: what is asked for, as far as the context window has room."""
@@ -167,6 +191,19 @@ class Writer:
         if self._reads_source:  # the target has a window of its own
             room = self._context_length
         return room if call.max_new_tokens is None else min(call.max_new_tokens, room)
+
+
+def _refuse_tools(prompt: Conversation) -> None:
+    """For a model whose template takes no tools. Raises `RequestError` if there are any."""
+    spoken = any(message.calls or message.call_id is not None for message in prompt.messages)
+    if prompt.tools or spoken:
+        raise RequestError(
+            "this model's chat template takes no tools, or writes calls in a way that is not known here",
+            param="tools" if prompt.tools else "messages",
+            allowed='templates that write calls as <tool_call>{"name", "arguments"}</tool_call> (Hermes, Qwen), '
+            '[TOOL_CALLS] [{"name", "arguments"}] (Mistral) or {"name", "parameters"} (Llama 3)',
+            next_step="leave tools and calls out, or serve a model whose template has them",
+        )
 
 
 def _continued(request: Request, given: tuple[int, ...]) -> Request:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +18,13 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask, fi
 from actors.detokenizer import Spelling
 from actors.text import Text
 from configs.errors import EngineError, RequestError
-from configs.schema.generation import Structure
+from configs.schema.generation import JSON_STYLE, Structure
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
 _SHOWN_CHARS = 300
 """Of a message of llguidance, some of which quote whole grammars."""
-_JSON: JsonCompileOptions = {"whitespace_flexible": False, "whitespace_pattern": r"[ \n]?", "lenient": False}
-"""At most one space or line break between values, as models that may write any number of them do not stop; keywords
-that are not known are refused, whatever the schema says."""
 
 
 class Matcher:
@@ -164,7 +161,7 @@ def _grammar(structure: Structure) -> str:
             raise ValueError("a JSON schema is an object, true or false")
         if isinstance(schema, bool):
             schema = {} if schema else {"enum": []}
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_JSON)
+        return LLMatcher.grammar_from_json_schema(schema, overrides=cast("JsonCompileOptions", JSON_STYLE))
     if structure.regex is not None:
         return LLMatcher.grammar_from_regex(structure.regex)
     if structure.grammar is not None:

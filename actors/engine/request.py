@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from actors.engine.randomness import choice_seed
@@ -23,6 +23,8 @@ class Request:
     generated: tuple[int, ...] = ()
     """The first tokens of the answer, drawn before (by an engine that is gone): they are not given out again, and the
     ones after them are those that would have come."""
+    spelt: frozenset[int] = frozenset()
+    """Special tokens that the text holds by their names; the others it leaves out."""
 
     def check(self, *, context_length: int, vocab: int) -> None:
         """Raises `RequestError` unless a model with this window and number of tokens can serve the request."""
@@ -60,10 +62,10 @@ class Request:
         """
         seed = self.sampling.seed
         return [
-            Request(
-                f"{self.id}/{index}",
-                self.prompt_ids,
-                self.sampling.model_copy(update={"seed": choice_seed(seed, index)}),
+            replace(
+                self,
+                id=f"{self.id}/{index}",
+                sampling=self.sampling.model_copy(update={"seed": choice_seed(seed, index)}),
             )
             for index in range(count)
         ]

@@ -49,7 +49,7 @@ class Sequence:
         sampling = request.sampling
         sequence = cls(
             request,
-            decoder=text.stream_decoder(),
+            decoder=text.stream_decoder(request.spelt),
             stops=StopStrings(sampling.stop),
             stop_ids=text.eos_token_ids.union(sampling.stop_token_ids),
             max_tokens=min(len(request.prompt_ids) + sampling.max_new_tokens, context_length),

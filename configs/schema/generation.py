@@ -12,6 +12,9 @@ from configs.schema.base import Config
 MAX_LOGPROBS = 20
 """Most alternatives that can be asked for beside a token's own log-probability."""
 MAX_STOPS = 16
+JSON_STYLE = {"whitespace_flexible": False, "whitespace_pattern": r"[ \n]?", "lenient": False}
+"""How JSON under a schema is written: at most one space or line break between values, as models that may write any
+number of them do not stop. Keywords that are not known are refused, whatever the schema says."""
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 

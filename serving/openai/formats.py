@@ -1,9 +1,11 @@
-"""The fields by which a client says what form an answer is to have: `response_format` and `structured_outputs`."""
+"""What the models of all bodies share, and the fields that say what form an answer is to have: `response_format` and
+`structured_outputs`.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -15,6 +17,16 @@ class Strict(BaseModel):
     """A body or a part of one: unknown fields and types that merely look right are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def wrong(message: str) -> NoReturn:
+    """For a field whose value cannot be used; raised inside a validator."""
+    raise PydanticCustomError("wrong", "{message}", {"message": message})
+
+
+def wrong_field(field: str, message: str) -> NoReturn:
+    """For what only several fields together make wrong: names the one that is to be changed."""
+    raise PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
 
 
 class NamedSchema(Strict):

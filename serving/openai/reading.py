@@ -16,15 +16,14 @@ from pydantic import BeforeValidator, model_validator
 
 from actors.engine.encodings import Classification, Embedding, Tagging
 from serving.calls import ReadCall, Readings, Refusal, fingerprint
-from serving.openai.formats import Strict
-from serving.openai.schema import is_unicode, wrong, wrong_field
+from serving.openai.formats import Strict, wrong, wrong_field
 
 
 def _texts(value: Any) -> Any:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         wrong("allowed: a string or a list of strings, none of them empty (token ids are not read)")
-    return tuple(is_unicode(text) for text in texts)
+    return tuple(texts)
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]

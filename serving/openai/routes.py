@@ -25,6 +25,7 @@ from serving.access import AccessLog, Observed, Trace
 from serving.calls import Backend, Refusal, ReplicaStatus, ServedModel, fingerprint
 from serving.keys import Keyed, KeyRing
 from serving.metrics import CONTENT_TYPE, Metrics
+from serving.openai.body import read_request
 from serving.openai.errors import ApiError, error_response
 from serving.openai.reading import (
     ClassifyRequest,
@@ -39,7 +40,6 @@ from serving.openai.schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
-    read_request,
 )
 from serving.openai.stream import Answer, ChatAnswer, CompletionAnswer, server_sent_events
 
@@ -185,7 +185,14 @@ class _Routes:
         if isinstance(first, Refusal):
             await batches.aclose()
             raise ApiError(asked.named(first))
-        frame = kind(call.id, int(time.time()), asked.model, fingerprint(first[0].model_digest), asked.n)
+        frame = kind(
+            call.id,
+            int(time.time()),
+            asked.model,
+            fingerprint(first[0].model_digest),
+            asked.n,
+            functions=() if call.tool_use is None else tuple(each.name for each in call.tool_use.functions),
+        )
         if call.whole:
             await batches.aclose()
             return JSONResponse(frame.whole(first))

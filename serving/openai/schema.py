@@ -1,60 +1,38 @@
 """Requests of the OpenAI API that are understood here, read strictly.
 
 A field that is not honoured is refused by name instead of being ignored, because an ignored parameter gives the client
-another answer than it asked for. Everything wrong raises `ApiError`.
+another answer than it asked for.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
 
+from actors.tools import ToolUse
 from configs.schema.generation import MAX_LOGPROBS, MAX_STOPS, Sampling
-from serving.calls import Call, Conversation, Message, Prompt, Refusal
-from serving.openai.errors import ApiError
-from serving.openai.formats import ResponseFormat, Strict, StructuredOutputs
+from serving.calls import Call, Prompt, Refusal
+from serving.openai.formats import ResponseFormat, Strict, StructuredOutputs, wrong, wrong_field
+from serving.openai.messages import Messages, NamedFunction, ToolChoice, Tools, conversation, functions
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for `/v1/completions`; a chat goes on until the context window is full."""
 MAX_CHOICES = 128
 SEED_BITS = 63
-_SHOWN_CHARS = 80
-"""Of a value that is quoted in an error."""
-
-
-def wrong(message: str) -> NoReturn:
-    """For a field whose value cannot be used; raised inside a validator."""
-    raise PydanticCustomError("wrong", "{message}", {"message": message})
-
-
-def wrong_field(field: str, message: str) -> NoReturn:
-    """For what only several fields together make wrong: the error's type names the one that is to be changed."""
-    raise PydanticCustomError(field, "{message}", {"message": message})
-
-
-def is_unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character and has no UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        wrong("holds half of a surrogate pair, which is no character")
-    return text
 
 
 def _prompts(value: Any) -> Any:
     """The four forms of `prompt` as one: a tuple of texts or of token id tuples."""
     allowed = "allowed: a string, a list of strings, a list of token ids, or a list of lists of token ids"
     if isinstance(value, str):
-        return (is_unicode(value),)
+        return (value,)
     if not isinstance(value, list) or not value:
         wrong(allowed)
     if all(isinstance(item, str) for item in value):
-        return tuple(is_unicode(item) for item in value)
+        return tuple(value)
     lists = [value] if _are_ids(value) else value
     if not all(isinstance(item, list) and item and _are_ids(item) for item in lists):
         wrong(allowed)
@@ -69,7 +47,7 @@ def _stops(value: Any) -> Any:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         wrong(f"allowed: a string or a list of at most {MAX_STOPS} strings, none of them empty")
-    return tuple(is_unicode(stop) for stop in stops)
+    return tuple(stops)
 
 
 def _biases(value: Any) -> Any:
@@ -79,35 +57,14 @@ def _biases(value: Any) -> Any:
     return {int(name): bias for name, bias in value.items()}
 
 
-def _content(value: Any) -> Any:
-    """A message's text; text parts are joined."""
-    if isinstance(value, list):
-        if not all(isinstance(p, dict) and p.keys() == {"type", "text"} and p["type"] == "text" for p in value):
-            wrong('allowed: a string, or a list of parts {"type": "text", "text": ...}')
-        if all(isinstance(p["text"], str) for p in value):
-            return "".join(p["text"] for p in value)
-    return value
-
-
 Bias = Annotated[float, Field(ge=-100, le=100)]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
-UnicodeText = Annotated[str, AfterValidator(is_unicode)]
 
 
 class StreamOptions(Strict):
     """How an answer is streamed."""
 
     include_usage: bool = False
-
-
-class ChatMessage(Strict):
-    """One message of a conversation."""
-
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[UnicodeText, BeforeValidator(_content)]
-
-
-Messages = Annotated[tuple[ChatMessage, ...], Field(min_length=1, strict=False)]
 
 
 class _Request(Strict):
@@ -185,6 +142,7 @@ class _Request(Strict):
         max_new_tokens: int | None,
         logprobs: int | None,
         echo: bool = False,
+        tool_use: ToolUse | None = None,
     ) -> Call:
         form = self.response_format if self.structured_outputs is None else self.structured_outputs
         sampling = Sampling(
@@ -215,6 +173,7 @@ class _Request(Strict):
             echo=echo,
             report_sampling=self.return_sampling,
             whole=not self.stream,
+            tool_use=tool_use,
         )
 
     def _seeds(self, prompts: int) -> tuple[int, ...]:
@@ -251,6 +210,9 @@ class ChatRequest(_Request):
     """The newer name of `max_tokens`."""
     logprobs: bool = False
     top_logprobs: LogprobCount = 0
+    tools: Tools | None = None
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -258,31 +220,67 @@ class ChatRequest(_Request):
             wrong_field("max_tokens", "max_tokens and max_completion_tokens exclude each other")
         if self.top_logprobs and not self.logprobs:
             wrong_field("top_logprobs", "top_logprobs is allowed only with logprobs: true")
+        conversation(self.messages)
+        for field in ("tool_choice", "parallel_tool_calls"):
+            if self.tools is None and field in self.model_fields_set:
+                wrong_field(field, f"{field} is allowed only with tools")
+        offered = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in offered:
+            wrong_field("tool_choice", f"tools has no {self.tool_choice.name!r}; allowed: {', '.join(offered)}")
+        if self.tool_use is not None:
+            for field in ("response_format", "structured_outputs"):
+                if super()._structure_field == field:
+                    wrong_field(field, f"tools and {field} exclude each other, unless tool_choice is none")
         return self
+
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """What the answer may call; None where it is a text in any case."""
+        if self.tools is None or self.tool_choice == "none":
+            return None
+        offered, required = functions(self.tools), self.tool_choice == "required"
+        if isinstance(self.tool_choice, NamedFunction):
+            name, required = self.tool_choice.name, True
+            offered = tuple(function for function in offered if function.name == name)
+        return ToolUse(offered, required, self.parallel_tool_calls)
+
+    @property
+    def _structure_field(self) -> str | None:
+        return super()._structure_field if self.tool_use is None else "tools"
 
     def call(self, call_id: str) -> Call:
         """What an engine replica is asked."""
         limit = self.max_completion_tokens or self.max_tokens
         logprobs = self.top_logprobs if self.logprobs else None
-        return self._call(call_id, (_conversation(self.messages),), max_new_tokens=limit, logprobs=logprobs)
+        use = self.tool_use
+        offered = () if use is None else functions(self.tools or ())
+        asked = conversation(self.messages, offered)
+        return self._call(call_id, (asked,), max_new_tokens=limit, logprobs=logprobs, tool_use=use)
 
 
 class TokenizeRequest(Strict):
     """Body of `POST /tokenize`: a text, or the messages of a chat."""
 
     model: str
-    prompt: UnicodeText | None = None
+    prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
+    """As a chat offers them."""
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             wrong_field("prompt", "allowed: either prompt or messages")
+        if self.tools is not None and self.messages is None:
+            wrong_field("tools", "tools is allowed only with messages")
+        self.what()
         return self
 
     def what(self) -> Prompt:
         """What is to be tokenized."""
-        return _conversation(self.messages) if self.messages is not None else self.prompt or ""
+        if self.messages is None:
+            return self.prompt or ""
+        return conversation(self.messages, functions(self.tools or ()))
 
 
 class DetokenizeRequest(Strict):
@@ -290,52 +288,3 @@ class DetokenizeRequest(Strict):
 
     model: str
     tokens: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
-
-
-def _conversation(messages: tuple[ChatMessage, ...]) -> Conversation:
-    return Conversation(tuple(Message(m.role, m.content) for m in messages))
-
-
-R = TypeVar("R", bound=BaseModel)
-
-
-def read_request(kind: type[R], body: bytes) -> R:
-    """Parses and checks a request body. Raises `ApiError` (400) that names the field at fault."""
-    try:
-        data = json.loads(body, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ApiError.bad_request(f"the body is not JSON: {error}", code="invalid_json") from error
-    if not isinstance(data, dict):
-        raise ApiError.bad_request(
-            f"the body is not a JSON object; received {_shown(data)}; allowed: an object with the request's fields"
-        )
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        # An unknown field tells more than what follows from its being misspelt: a required one that is missing.
-        errors = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        raise _field_error(kind, errors[0]) from error
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
-    param = ".".join(str(part) for part in error["loc"] if isinstance(part, str | int)) or error["type"]
-    if error["type"] == "extra_forbidden":
-        message, code = f"{param} is not supported; allowed: {', '.join(kind.model_fields)}", "unsupported_parameter"
-        if len(error["loc"]) > 1:
-            message = f"{param} is not supported"
-        return ApiError.bad_request(message, param=param, code=code)
-    if error["type"] == "missing":
-        return ApiError.bad_request(f"{param} is required", param=param, code="missing_required_parameter")
-    message = f"{param}: {error['msg']}"
-    if error["loc"]:
-        message += f"; received {_shown(error['input'])}"
-    return ApiError.bad_request(message, param=param, code="invalid_value")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."

@@ -6,14 +6,16 @@ piece is an event of its own, because the status line has been sent by then; `da
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from actors.tools import CallDelta, CallReader, read_calls
 from serving.calls import Piece, Refusal
 from serving.openai.errors import error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
@@ -35,19 +37,24 @@ class Answer(ABC):
     fingerprint: str
     choices: int = 1
     """Answers to each prompt."""
+    functions: tuple[str, ...] = ()
+    """Names of those that may be called."""
 
     whole_object: str = ""
     chunk_object: str = ""
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The body of an answer that is not streamed; one piece an index."""
-        choices = [{**self._choice(piece), **_common(piece)} for piece in pieces]
+        choices = [{**_common(piece), **self._choice(piece)} for piece in pieces]
         return {**self._frame(self.whole_object, choices), "usage": self.usage(pieces)}
 
     def chunks(self, pieces: Sequence[Piece], *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """The events of one batch; pieces of one index are joined."""
         for piece in _joined(pieces):
-            chunk = self._frame(self.chunk_object, [{**self._chunk_choice(piece), **_common(piece)}])
+            choice = self._chunk_choice(piece)
+            if choice is None:
+                continue
+            chunk = self._frame(self.chunk_object, [{**_common(piece), **choice}])
             yield {**chunk, "usage": None} if include_usage else chunk
 
     def usage(self, pieces: Sequence[Piece]) -> dict[str, int]:
@@ -78,7 +85,8 @@ class Answer(ABC):
     def _choice(self, piece: Piece) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _chunk_choice(self, piece: Piece) -> dict[str, Any]: ...
+    def _chunk_choice(self, piece: Piece) -> dict[str, Any] | None:
+        """None if there is nothing to say yet."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ class ChatAnswer(Answer):
 
     whole_object: str = "chat.completion"
     chunk_object: str = "chat.completion.chunk"
+    readers: dict[int, CallReader] = field(default_factory=dict)
+    """Where the calls of each answer are found as it comes."""
 
     def opening(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """Says who speaks, in each choice."""
@@ -112,11 +122,47 @@ class ChatAnswer(Answer):
             yield {**chunk, "usage": None} if include_usage else chunk
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        message = {"role": "assistant", "content": piece.text, "refusal": None}
-        return {"message": message, "logprobs": _chat_logprobs(piece)}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        choice = {"message": message, "logprobs": _chat_logprobs(piece)}
+        if piece.convention is not None:
+            content, calls = read_calls(piece.convention, self.functions, piece.text)
+            if calls:
+                message["content"] = content or None
+                message["tool_calls"] = [
+                    self._call(piece.index, index) | {"function": {"name": name, "arguments": arguments}}
+                    for index, (name, arguments) in enumerate(calls)
+                ]
+                choice |= _ended_by_call(piece)
+        return choice
 
-    def _chunk_choice(self, piece: Piece) -> dict[str, Any]:
-        return {"delta": {"content": piece.text} if piece.text else {}, "logprobs": _chat_logprobs(piece)}
+    def _chunk_choice(self, piece: Piece) -> dict[str, Any] | None:
+        choice: dict[str, Any] = {"logprobs": _chat_logprobs(piece)}
+        if piece.convention is None:
+            return {"delta": {"content": piece.text} if piece.text else {}, **choice}
+        reader = self.readers.setdefault(piece.index, CallReader(piece.convention, self.functions))
+        deltas = [reader.push(piece.text), *([] if piece.finish_reason is None else [reader.flush()])]
+        content = "".join(each.content for each in deltas)
+        calls = [self._call_delta(piece.index, call) for each in deltas for call in each.calls]
+        delta = ({"content": content} if content else {}) | ({"tool_calls": calls} if calls else {})
+        if not (delta or piece.scores or piece.finish_reason):
+            return None
+        return {"delta": delta, **choice, **(_ended_by_call(piece) if reader.calls else {})}
+
+    def _call(self, choice: int, index: int) -> dict[str, Any]:
+        """What every call has. Ids have the nine letters that the strictest chat templates want to get back."""
+        name = f"{self.id}/{choice}/{index}".encode()
+        return {"id": hashlib.blake2b(name).hexdigest()[:9], "type": "function"}
+
+    def _call_delta(self, choice: int, call: CallDelta) -> dict[str, Any]:
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"index": call.index, **self._call(choice, call.index), "function": function}
+
+
+def _ended_by_call(piece: Piece) -> dict[str, Any]:
+    """An answer with calls that ends by itself is due to be continued with their results."""
+    return {"finish_reason": "tool_calls"} if piece.finish_reason == "stop" else {}
 
 
 def _chat_logprobs(piece: Piece) -> dict[str, Any] | None:

@@ -32,12 +32,12 @@ CONTEXT_LENGTH = 16384
 """Long, so that a request can be caught in the middle of its answer."""
 
 
-def make_model(folder: Path, *, template: str | None = TEMPLATE) -> Path:
+def make_model(folder: Path, *, template: str | None = TEMPLATE, special: tuple[str, ...] = ()) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=[*SPECIAL, *special], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(["def open(path, mode): return the file at the path"], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0])
     fast.chat_template = template

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from configs.schema.generation import Sampling, Structure
 from serving.calls import Conversation, Message, Piece, Refusal, TokenScore
+from serving.openai.body import read_request
 from serving.openai.errors import ApiError, error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
-from serving.openai.schema import ChatRequest, CompletionRequest, read_request
+from serving.openai.schema import ChatRequest, CompletionRequest
 from serving.openai.stream import ChatAnswer, CompletionAnswer
 
 
