@@ -1,15 +1,19 @@
-"""Two models on the same items: what got better, what got worse, and what is noise."""
+"""Two models on the same items, by task or by held-out pair: what got better, what got worse, and what is noise."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import ConfigError, DataError
 from pipelines.evaluation.asking import Row, read_rows
-from pipelines.evaluation.resampling import Difference, compare
+from pipelines.evaluation.report import PAIRS
+from pipelines.evaluation.resampling import Difference, compare, mean
 from pipelines.evaluation.scoring import LOWER_IS_BETTER, combine, stack
 from pipelines.evaluation.task_report import ANSWERS, TasksReport
 
@@ -58,8 +62,42 @@ def compare_reports(first: Path, second: Path, labels: tuple[str | None, str | N
                 allowed="reports with the same task, data, limit, examples and template",
                 next_step="evaluate both models with the same command",
             )
-        before, after = _rows(first, models[0], task), _rows(second, models[1], task)
-        found += [_comparison(task, metric, before, after) for metric in facts.metrics]
+        found += compare_task(task, facts.metrics, (first, models[0]), (second, models[1]))
+    return found
+
+
+def compare_task(
+    task: str, metrics: Iterable[str], first: tuple[Path, str], second: tuple[Path, str]
+) -> list[Comparison]:
+    """The metrics of a task that two models, each the folder of a report and a label in it, were asked alike."""
+    before, after = (
+        {row.item: row for row in read_rows(folder / ANSWERS, model=label, task=task)}
+        for folder, label in (first, second)
+    )
+    return [_comparison(task, metric, before, after) for metric in metrics]
+
+
+def compare_answers(folder: Path, first: str, second: str) -> list[Comparison]:
+    """Every score of two models of one report by the stage `evaluate`, which asks all models the same pairs."""
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines():
+        pair = json.loads(line)
+        pairs.setdefault((pair["task"], pair["metric"]), []).append(pair)
+    found = []
+    for (task, metric), asked in pairs.items():
+        scores = [[float(pair["answers"][label]["score"]) for pair in asked] for label in (first, second)]
+        sums = [np.column_stack([one, np.ones(len(one))]) for one in scores]
+        gains = {pair["id"]: after - before for pair, before, after in zip(asked, *scores, strict=True)}
+        found.append(
+            Comparison(
+                task=task,
+                metric=metric,
+                items=len(asked),
+                result=compare(sums[0], sums[1], mean),
+                better=tuple(item for item, gain in gains.items() if gain > 0),
+                worse=tuple(item for item, gain in gains.items() if gain < 0),
+            )
+        )
     return found
 
 
@@ -72,10 +110,6 @@ def _model(report: TasksReport, label: str | None) -> str:
             received=label, allowed=", ".join(report.models), next_step="write report/NAME@VERSION:MODEL",
         )  # fmt: skip
     return label
-
-
-def _rows(folder: Path, model: str, task: str) -> Mapping[str, Row]:
-    return {row.item: row for row in read_rows(folder / ANSWERS, model=model, task=task)}
 
 
 def _comparison(task: str, metric: str, before: Mapping[str, Row], after: Mapping[str, Row]) -> Comparison:
