@@ -1,8 +1,10 @@
 """The model registry: names and aliases over published model artifacts, kept in MLflow's Model Registry.
 
 A registered version points at one artifact, by reference and digest, and never changes; aliases (`candidate`,
-`champion`) move. The source that MLflow shows is `ganymede:/<ref>`: a server takes no local path that lies outside
-the artifacts of one of its runs, and a store of its own takes anything, so this form works with both.
+`champion`) move, and the registry keeps where they were, in a tag: `roll_back` goes there. Moves of one alias by two
+processes at once are not told apart, the last one stands. The source that MLflow shows is `ganymede:/<ref>`: a server
+takes no local path that lies outside the artifacts of one of its runs, and a store of its own takes anything, so this
+form works with both.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 
 _REFERENCE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<selector>[A-Za-z0-9._-]+))?$")
 _REF, _DIGEST = "ganymede.ref", "ganymede.digest"
+_BEFORE = "ganymede.before."
+"""Tag of a registered model, with the name of an alias: the versions it pointed at before, the latest last."""
+_MOST_MOVES = 200
+"""Of each alias that are kept: MLflow cuts a tag at 5,000 characters."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,41 @@ class Registry:
             return standing
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Points `alias` at `version`; it leaves the version it pointed at before."""
+        """Points `alias` at `version`; it leaves the version it pointed at before, which `roll_back` goes back to.
+
+        What it pointed at is written down first: a process that is killed in between has moved nothing, and a version
+        that is written down while the alias still points at it does not count.
+        """
         with _reaching(self._uri):
+            now, before = self._moves(name, alias)
+            if now == version:
+                return
+            if now is not None:
+                self._remember(name, alias, [*before, now])
             self._client.set_registered_model_alias(name, alias, str(version))
+
+    def roll_back(self, name: str, alias: str) -> tuple[RegisteredVersion, RegisteredVersion]:
+        """Points `alias` at the version before the last `set_alias`; each call goes one move further back.
+
+        Returns:
+            The version it left, and the one it points at now.
+
+        Raises:
+            ArtifactError: there is no such alias, it was never moved, or the version before is no longer registered.
+        """
+        left = self.resolve(f"{name}@{alias}")
+        with _reaching(self._uri):
+            _, before = self._moves(name, alias)
+        if not before:
+            raise ArtifactError(
+                f"{name}@{alias} has pointed at no other version before", received=str(left),
+                next_step=f"ganymede promote {name}@VERSION --to {alias}",
+            )  # fmt: skip
+        self.resolve(f"{name}@{before[-1]}")
+        with _reaching(self._uri):
+            self._client.set_registered_model_alias(name, alias, str(before[-1]))
+            self._remember(name, alias, before[:-1])
+        return left, self.resolve(f"{name}@{before[-1]}")
 
     def resolve(self, reference: str) -> RegisteredVersion:
         """The version that `NAME@ALIAS`, `NAME@VERSION` or `NAME` (its newest version) stands for now.
@@ -109,6 +147,11 @@ class Registry:
         known = [f"{name}@{each}" for v in versions for each in (str(v.version), *v.aliases)]
         raise ArtifactError("no such registered version", received=reference, allowed=", ".join(known))
 
+    def holder(self, name: str, alias: str) -> RegisteredVersion | None:
+        """The version of `name` that `alias` points at now, if it points at any."""
+        with _reaching(self._uri):
+            return next((version for version in self._versions(name) if alias in version.aliases), None)
+
     def entries(self) -> list[RegisteredVersion]:
         """Every registered version, by name and version."""
         with _reaching(self._uri):
@@ -116,6 +159,18 @@ class Registry:
 
     def _names(self) -> list[str]:
         return sorted(model.name for model in _pages(self._client.search_registered_models))
+
+    def _moves(self, name: str, alias: str) -> tuple[int | None, list[int]]:
+        """The version that `alias` points at, and those before it, the latest last."""
+        model = self._client.get_registered_model(name)
+        now = int(model.aliases[alias]) if alias in model.aliases else None
+        before = [int(version) for version in model.tags.get(f"{_BEFORE}{alias}", "").split()]
+        while before and before[-1] == now:
+            before.pop()
+        return now, before
+
+    def _remember(self, name: str, alias: str, before: list[int]) -> None:
+        self._client.set_registered_model_tag(name, f"{_BEFORE}{alias}", " ".join(map(str, before[-_MOST_MOVES:])))
 
     def _make_name(self, name: str) -> None:
         try:

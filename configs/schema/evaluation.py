@@ -34,6 +34,19 @@ class EvaluateConfig(Config):
     answer may turn on that."""
 
 
+class Conditions(Config):
+    """What a model must reach to take an alias from the model that has it. A SCORE is `METRIC` or `TASK.METRIC`."""
+
+    min_gain: dict[str, float] = Field({})
+    """SCORE to how much better it must be, in the metric's own unit; a number below 0 is a loss that is put up with."""
+    min_score: dict[str, float] = Field({})
+    """SCORE to the least it must be; of perplexities, bits per byte and ECE the most."""
+    guards: tuple[str, ...] | None = None
+    """Tasks whose first metric must not get worse by more than noise; unless set, all that `min_gain` does not name."""
+    beyond_noise: bool = True
+    """Whether a gain that is asked for counts only if its p-value is below 5 %."""
+
+
 class GateConfig(Config):
     """What the candidate must reach to become champion."""
 
@@ -43,12 +56,19 @@ class GateConfig(Config):
     """Label of the model in the report that is registered."""
     min_gain: dict[Metric, float] = Field({"rouge_l": 2.0, "chrf": 2.0}, min_length=1)
     """Points (0 to 100) by which each score must be above the baseline's."""
+    beyond_noise: bool = False
+    """Whether a gain counts only if its p-value is below 5 %."""
 
     @model_validator(mode="after")
     def _two_models(self) -> Self:
         if self.baseline == self.candidate:
             raise ValueError(f"baseline and candidate must be two models of the report; both are {self.baseline!r}")
         return self
+
+    @property
+    def conditions(self) -> Conditions:
+        """The same as conditions on the scores of any report; no task is a guard."""
+        return Conditions(min_gain=dict(self.min_gain), guards=(), beyond_noise=self.beyond_noise)
 
 
 class RegisterConfig(Config):

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from infra.cli import artifacts, corpus, doctor, evaluate, generate, inspect, jobs, keys, platform, prompt, run
+from infra.cli import artifacts, corpus, doctor, evaluate, generate, inspect, jobs, keys, platform, prompt, release, run
 from infra.cli.output import err, show_error, wants
 from infra.local import quiet_environment
 
@@ -61,6 +61,8 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("judge")(evaluate.judge)
+app.command("promote")(release.promote)
+app.command("rollback")(release.rollback)
 app.command("up")(platform.up)
 app.command("status")(platform.status)
 app.command("down")(platform.down)

@@ -1,15 +1,19 @@
-"""Two models on the same items: what got better, what got worse, and what is noise."""
+"""Two models on the same items, by task or by held-out pair: what got better, what got worse, and what is noise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from configs.errors import ConfigError, DataError
 from pipelines.evaluation.asking import Row, read_rows
-from pipelines.evaluation.resampling import Difference, compare
+from pipelines.evaluation.report import PAIRS
+from pipelines.evaluation.resampling import Difference, compare, mean
 from pipelines.evaluation.scoring import LOWER_IS_BETTER, combine, stack
 from pipelines.evaluation.task_report import ANSWERS, TaskFacts, TasksReport
 
@@ -68,6 +72,38 @@ def asked_alike(
                 next_step="evaluate both models with the same command",
             )
         yield task, facts, _rows(first, models[0], task), _rows(second, models[1], task)
+
+
+def compare_task(
+    task: str, metrics: Iterable[str], first: tuple[Path, str], second: tuple[Path, str]
+) -> list[Comparison]:
+    """The metrics of a task that two models, each the folder of a report and a label in it, were asked alike."""
+    before, after = (_rows(folder, label, task) for folder, label in (first, second))
+    return [_comparison(task, metric, before, after) for metric in metrics]
+
+
+def compare_answers(folder: Path, first: str, second: str) -> list[Comparison]:
+    """Every score of two models of one report by the stage `evaluate`, which asks all models the same pairs."""
+    pairs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in (folder / PAIRS).read_text(encoding="utf-8").splitlines():
+        pair = json.loads(line)
+        pairs.setdefault((pair["task"], pair["metric"]), []).append(pair)
+    found = []
+    for (task, metric), asked in pairs.items():
+        scores = [[float(pair["answers"][label]["score"]) for pair in asked] for label in (first, second)]
+        sums = [np.column_stack([one, np.ones(len(one))]) for one in scores]
+        gains = {pair["id"]: after - before for pair, before, after in zip(asked, *scores, strict=True)}
+        found.append(
+            Comparison(
+                task=task,
+                metric=metric,
+                items=len(asked),
+                result=compare(sums[0], sums[1], mean),
+                better=tuple(item for item, gain in gains.items() if gain > 0),
+                worse=tuple(item for item, gain in gains.items() if gain < 0),
+            )
+        )
+    return found
 
 
 def _model(report: TasksReport, label: str | None) -> str:

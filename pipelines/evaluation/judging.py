@@ -21,8 +21,7 @@ from configs.errors import CorruptArtifactError
 from configs.schema.tasks import Answering
 from pipelines.evaluation.asking import Row
 from pipelines.evaluation.endpoints import Endpoint
-from pipelines.evaluation.resampling import Difference, compare
-from pipelines.evaluation.scoring import mean
+from pipelines.evaluation.resampling import Difference, compare, mean
 from pipelines.evaluation.task_report import REPORT
 
 JUDGEMENTS = "judgements.parquet"

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
 from configs.schema.evaluation import Metric
-from pipelines.evaluation.resampling import Estimate, estimate
+from pipelines.evaluation.resampling import Estimate, estimate, mean
 
 _DECIMALS = 4
 """Fewer than the digits that the order of a floating-point sum can change."""
@@ -59,7 +59,7 @@ def signatures() -> dict[Metric, str]:
 
 def mean_with_interval(values: Sequence[float]) -> Estimate:
     """The mean of at least one value, with the interval that resampling the values gives."""
-    return estimate(np.column_stack([values, np.ones(len(values))]), lambda total: float(total[0] / total[1]))
+    return estimate(np.column_stack([values, np.ones(len(values))]), mean)
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

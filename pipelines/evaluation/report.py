@@ -17,6 +17,8 @@ from pipelines.corpus.instructions import Task
 from pipelines.evaluation.resampling import Estimate
 
 REPORT = "report.json"
+PAIRS = "answers.jsonl"
+"""What was asked, and every model's answer with its score."""
 _TITLES: Mapping[Metric, str] = {"rouge_l": "summaries\n(ROUGE-L)", "chrf": "signatures\n(chrF)"}
 
 

@@ -95,6 +95,11 @@ def compare(first: Sums, second: Sums, combine: Combine, *, lower_is_better: boo
     )
 
 
+def mean(total: Sums) -> float:
+    """The score of vectors (value, 1)."""
+    return float(total[0] / total[1])
+
+
 def _rounds(count: int) -> list[tuple[np.random.Generator, int]]:
     """Generators and how many resamples to draw from each; the same for the same number of items."""
     size = max(1, min(RESAMPLES, _AT_ONCE // count))

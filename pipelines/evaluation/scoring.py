@@ -23,7 +23,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from configs.schema.tasks import Metric, Task
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.metrics import rouge
-from pipelines.evaluation.resampling import Combine, Sums
+from pipelines.evaluation.resampling import Combine, Sums, mean
 from pipelines.evaluation.responses import Response
 
 Vectors = dict[str, list[float]]
@@ -211,11 +211,6 @@ def _sacrebleu(scorer: Callable[[], BLEU | CHRF]) -> Callable[[str, Sequence[str
 def _signature(scorer: BLEU | CHRF) -> str:
     scorer.corpus_score(["x"], [["x"]])
     return str(scorer.get_signature())
-
-
-def mean(total: Sums) -> float:
-    """The first number of a sum over the second."""
-    return float(total[0] / total[1])
 
 
 def _macro_f1(total: Sums) -> float:

@@ -11,7 +11,8 @@ from actors.store.registry import Registry
 from actors.store.tracker import tracking_uri
 from configs.errors import ConfigError
 from configs.schema.evaluation import RegisterConfig
-from pipelines.evaluation.gate import gate
+from pipelines.evaluation.comparing import compare_answers
+from pipelines.evaluation.gate import gate, measured
 from pipelines.evaluation.lineage import ancestors
 from pipelines.evaluation.report import Report
 from pipelines.stage import Progress, StageContext
@@ -39,7 +40,14 @@ class RegisterStage:
         """
         model, evaluation = inputs["model"], inputs["report"]
         report = Report.load(evaluation.path)
-        decision = gate(report, config.gate)
+        for role, label in (("baseline", config.gate.baseline), ("candidate", config.gate.candidate)):
+            if label not in report.models:
+                raise ConfigError(
+                    f"gate.{role} is no model of the report", received=label, allowed=", ".join(report.models),
+                    next_step="use a label of evaluate.models",
+                )  # fmt: skip
+        compared = compare_answers(evaluation.path, config.gate.baseline, config.gate.candidate)
+        decision = gate(measured(compared), config.gate.conditions)
         if report.models[config.gate.candidate].digest != model.digest:
             raise ConfigError(
                 f"gate.candidate {config.gate.candidate!r} is not the model to be registered",

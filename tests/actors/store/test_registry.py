@@ -8,13 +8,19 @@ import time
 
 import pytest
 
+from actors.store.mlflow_runs import open_client
 from actors.store.registry import Registry
 from configs.errors import ArtifactError, TrackingError
 
 
 @pytest.fixture(scope="module")
-def registry(tmp_path_factory):
-    return Registry.open(f"sqlite:///{tmp_path_factory.mktemp('registry')}/sub/mlflow.db")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('registry')}/sub/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def registry(uri):
+    return Registry.open(uri)
 
 
 def _register(registry, name, digest, **tags):
@@ -47,6 +53,34 @@ def test_an_alias_moves(registry):
     registry.set_alias("move", "champion", 2)
     assert registry.resolve("move@champion").version == 2
     assert registry.resolve("move@1").aliases == ()
+
+
+def test_an_alias_goes_back_move_by_move_by_another_process_too(registry, uri):
+    for digest in ("d1", "d2", "d3"):
+        _register(registry, "back", digest)
+    for version in (1, 3, 3, 2):
+        registry.set_alias("back", "champion", version)
+    other = Registry.open(uri)
+    left, now = other.roll_back("back", "champion")
+    assert (left.version, now.version, now.aliases) == (2, 3, ("champion",))
+    assert other.roll_back("back", "champion")[1].version == 1
+    with pytest.raises(ArtifactError, match="no other version before"):
+        other.roll_back("back", "champion")
+    registry.set_alias("back", "champion", 2)
+    assert registry.roll_back("back", "champion")[1].version == 1
+
+
+def test_a_move_that_was_written_down_and_not_made_does_not_count(registry, uri):
+    for digest in ("d1", "d2"):
+        _register(registry, "cut", digest)
+    registry.set_alias("cut", "champion", 1)
+    registry.set_alias("cut", "champion", 2)
+    client = open_client(uri)
+    client.set_registered_model_tag("cut", "ganymede.before.champion", "1 2")
+    assert registry.roll_back("cut", "champion")[1].version == 1
+    client.set_registered_model_tag("cut", "ganymede.before.champion", "1")
+    with pytest.raises(ArtifactError, match="no other version before"):
+        registry.roll_back("cut", "champion")
 
 
 def test_an_unknown_reference_names_what_there_is(registry):

@@ -73,3 +73,14 @@ def test_lineage_reaches_back_to_tokenizer_shards_data_report_and_runs(world, ev
 def test_a_report_on_another_model_is_refused(world, evaluated, home):
     with pytest.raises(ConfigError, match="not the model to be registered"):
         _register(world, evaluated, home, "wrong", "models.pretrained")
+
+
+def test_an_unknown_label_names_those_there_are(world, evaluated, home):
+    with pytest.raises(ConfigError, match=r"gate\.candidate.*'newest'.*pretrained, finetuned"):
+        _register(world, evaluated, home, "unknown", candidate="newest")
+
+
+def test_two_answers_are_too_few_to_gain_beyond_noise(world, evaluated, home):
+    refused = _register(world, evaluated, home, "strict", beyond_noise=True)
+    assert refused["aliases"] == ["candidate"]
+    assert all("which is noise: fails" in reason for reason in refused["gate"]["reasons"])
