@@ -32,7 +32,7 @@ async def ask(port: int, model: str, prompt: str, tokens: int, *, stream: bool) 
         writer.write(head.encode() + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         status = await reader.readline()
         if b" 200 " not in status:
-            raise RuntimeError(f"{status!r} {(await reader.read())[-300:]!r}")
+            raise RuntimeError(f"{status!r} {(await reader.read())[-1000:]!r}")
         first, events = 0.0, 0
         if not stream:
             answer = await reader.read()

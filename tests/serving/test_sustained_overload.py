@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from benchmarks.serving_load import ask
 from benchmarks.serving_servers import serving_memory_bytes
 from configs.schema.serving import ServingConfig
 from infra.deploy import Endpoint, serve_model, stop_serving
@@ -43,74 +43,67 @@ def endpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 class Crowd:
-    """Clients, and what became of each of them."""
+    """Clients that cost little, and what became of each of them."""
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
-        self._client = client
+    def __init__(self, port: int) -> None:
+        self._port = port
         self.asked = 0
+        self.tokens = 0
+        """In whole answers."""
         self.outcomes: Counter[str] = Counter()
 
     async def ask(self) -> None:
         self.asked += 1
-        prompt = [5 + (self.asked * 7 + n) % 250 for n in range(20)]
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": TOKENS, "min_tokens": TOKENS, "temperature": 0}
+        prompt = f"def function_{self.asked}(first, second):"
         try:
-            answer = await self._client.post("/v1/completions", json=body)
-        except httpx.HTTPError as error:
-            self.outcomes[type(error).__name__] += 1
-            return
-        if answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == TOKENS:
-            self.outcomes["answered"] += 1
-        elif answer.status_code == 503 and int(answer.headers.get("retry-after", 0)) >= 1:
-            self.outcomes["told to come back"] += 1
+            reply = await ask(self._port, "tiny", prompt, TOKENS, stream=False)
+        except (RuntimeError, OSError) as error:
+            told = " 503 " in str(error) and "retry-after: " in str(error).lower()
+            self.outcomes["told to come back" if told else str(error)] += 1
         else:
-            self.outcomes[f"{answer.status_code} {answer.text[:100]}"] += 1
+            self.outcomes["answered"] += 1
+            self.tokens += reply.tokens
 
-    async def closed(self, seconds: float) -> float:
-        """Answers a second when as many ask as there is room for, each again once it has its answer."""
-        ends = time.monotonic() + seconds
-        before = self.outcomes["answered"]
+    async def closed(self, seconds: float) -> tuple[float, float]:
+        """Answers and tokens a second when as many ask as there is room for, each again once it has its answer."""
+        answers, tokens, began = self.outcomes["answered"], self.tokens, time.monotonic()
 
         async def again() -> None:
-            while time.monotonic() < ends:
+            while time.monotonic() < began + seconds:
                 await self.ask()
 
-        began = time.monotonic()
         await asyncio.gather(*[again() for _ in range(SLOTS + QUEUE // 2)])
-        return (self.outcomes["answered"] - before) / (time.monotonic() - began)
+        spent = time.monotonic() - began
+        return (self.outcomes["answered"] - answers) / spent, (self.tokens - tokens) / spent
 
     async def open(self, rate: float, seconds: float) -> float:
-        """Answers a second when requests arrive at `rate`, by a Poisson process, whatever became of those before."""
+        """Tokens a second when requests arrive at `rate`, by a Poisson process, whatever became of those before."""
         draw = random.Random(1)
-        began, before = time.monotonic(), self.outcomes["answered"]
+        began, tokens = time.monotonic(), self.tokens
         arrives, asking = began, set()
         while (arrives := arrives + draw.expovariate(rate)) < began + seconds:
             await asyncio.sleep(max(0.0, arrives - time.monotonic()))
             task = asyncio.create_task(self.ask())
             asking.add(task)
             task.add_done_callback(asking.discard)
-        found = (self.outcomes["answered"] - before) / (time.monotonic() - began)
+        found = (self.tokens - tokens) / (time.monotonic() - began)
         await asyncio.gather(*asking)
         return found
 
 
 def test_goodput_holds_memory_is_flat_and_everybody_is_told(endpoint: Endpoint) -> None:
     async def main() -> tuple[Crowd, float, float, list[int]]:
-        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
-        url = endpoint.url.removesuffix("/v1")
-        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
-            crowd = Crowd(client)
-            await crowd.closed(PEAK_SECONDS / 3)
-            peak = await crowd.closed(PEAK_SECONDS)
-            memory = []
-            answered = await crowd.open(TIMES * peak, SECONDS / 6)
+        crowd = Crowd(int(endpoint.url.removesuffix("/v1").rpartition(":")[2]))
+        await crowd.closed(PEAK_SECONDS / 3)
+        answers, peak = await crowd.closed(PEAK_SECONDS)
+        memory, goodput = [], []
+        for seconds in (SECONDS / 6, 5 * SECONDS / 6):
+            goodput.append(await crowd.open(TIMES * answers, seconds))
             memory.append(sum(serving_memory_bytes().values()))
-            answered += 5 * await crowd.open(TIMES * peak, 5 * SECONDS / 6)
-            memory.append(sum(serving_memory_bytes().values()))
-            return crowd, peak, answered / 6, memory
+        return crowd, peak, goodput[-1], memory
 
     crowd, peak, goodput, memory = asyncio.run(main())
-    facts = f"peak {peak:.1f}/s, goodput {goodput:.1f}/s, {dict(crowd.outcomes)}, {[m >> 20 for m in memory]} MB"
+    facts = f"peak {peak:.0f} tokens/s, goodput {goodput:.0f}, {dict(crowd.outcomes)}, {[m >> 20 for m in memory]} MB"
     print(facts)
     assert set(crowd.outcomes) == {"answered", "told to come back"}, facts
     assert crowd.outcomes.total() == crowd.asked, facts
