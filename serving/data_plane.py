@@ -74,6 +74,10 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
         # HAProxy sends what a stopping ingress refuses to another one, so the default 30 s of waiting (paid at every
         # shutdown) only have to cover one reload of its configuration.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        # An ingress that ends closes its connections, and may do so while a request is on its way in one of them; the
+        # client's connection would then be closed without a word. Another ingress can be asked: nothing has been said
+        # yet, and a request has no effect but its answer.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
     }
     env["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(_launcher(folder, loopback=is_loopback(host)))
     return env

@@ -32,7 +32,7 @@ CONTEXT_LENGTH = 16384
 """Long, so that a request can be caught in the middle of its answer."""
 
 
-def make_model(folder: Path, *, template: str | None = TEMPLATE, special: tuple[str, ...] = ()) -> Path:
+def make_model(folder: Path, *, template: str | None = TEMPLATE, special: tuple[str, ...] = (), seed: int = 7) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def make_model(folder: Path, *, template: str | None = TEMPLATE, special: tuple[
     fast.chat_template = template
     fast.save_pretrained(folder)
 
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     shape = LlamaConfig(
         vocab_size=len(fast), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=CONTEXT_LENGTH, tie_word_embeddings=False,
