@@ -66,7 +66,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     field = error.get("ctx", {}).get("field")
-    param = ".".join(map(str, error["loc"] if field is None else (*error["loc"], field))) or error["type"]
+    param = short(".".join(map(str, error["loc"] if field is None else (*error["loc"], field))) or error["type"])
     if error["type"] == "extra_forbidden":
         message, code = f"{param} is not supported; allowed: {', '.join(kind.model_fields)}", "unsupported_parameter"
         if len(error["loc"]) > 1:
@@ -81,7 +81,11 @@ def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    """What an error quotes of a text that a client sent."""
     return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 3] + "..."
 
 
@@ -107,7 +111,7 @@ def _check(data: Any) -> None:
                 waiting.append(((*path, str(name)), each))
             if problem is not None:
                 named = ".".join((*path, str(name))[:_SHOWN_LEVELS])
-                raise UnusableError(named.encode(errors="backslashreplace").decode()[:_SHOWN_CHARS], problem)
+                raise UnusableError(short(named.encode(errors="backslashreplace").decode()), problem)
 
 
 def _is_unicode(text: str) -> bool:

@@ -25,7 +25,7 @@ from serving.access import AccessLog, Observed, Trace
 from serving.calls import Backend, Refusal, ReplicaStatus, ServedModel, fingerprint
 from serving.keys import Keyed, KeyRing
 from serving.metrics import CONTENT_TYPE, Metrics
-from serving.openai.body import read_request
+from serving.openai.body import read_request, short
 from serving.openai.errors import ApiError, error_response
 from serving.openai.reading import (
     ClassifyRequest,
@@ -218,7 +218,7 @@ class _Routes:
     def _require(self, request: Request, name: str) -> None:
         """Raises `ApiError` unless the model is served and the request's key may ask it."""
         if name != self._model.name:
-            message = f"the model {name!r} is not served here; allowed: {self._model.name!r}"
+            message = f"the model {short(repr(name))} is not served here; allowed: {self._model.name!r}"
             raise ApiError(Refusal(404, message, "model_not_found", "model"))
         if not _may_ask(request, name):
             message = f"this API key may not ask {name!r}; allowed: {', '.join(request.scope['key'].models)}"

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from actors.tools import ToolUse
 from configs.schema.generation import MAX_LOGPROBS, MAX_STOPS, Sampling
 from serving.calls import Call, Prompt, Refusal
+from serving.openai.body import short
 from serving.openai.formats import ResponseFormat, Strict, StructuredOutputs, wrong, wrong_field
 from serving.openai.messages import Messages, NamedFunction, ToolChoice, Tools, conversation, functions
 
@@ -226,7 +227,7 @@ class ChatRequest(_Request):
                 wrong_field(field, f"{field} is allowed only with tools")
         offered = [tool.function.name for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedFunction) and self.tool_choice.name not in offered:
-            wrong_field("tool_choice", f"tools has no {self.tool_choice.name!r}; allowed: {', '.join(offered)}")
+            wrong_field("tool_choice", f"no function of tools has the name {short(repr(self.tool_choice.name))}")
         if self.tool_use is not None:
             for field in ("response_format", "structured_outputs"):
                 if super()._structure_field == field:
