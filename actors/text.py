@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from actors.chat_template import ChatTemplate, Message, respelt, strings
 from actors.detokenizer import ByteStream, MarkedStream, Spelling, WindowStream, spelling, token_bytes
@@ -24,6 +24,8 @@ from configs.artifacts import TextContract, hash_json
 from configs.errors import ContractError, RequestError
 
 CONTRACT = "contract.json"
+_LONG = 1 << 15
+"""Characters, which take some 30 ms."""
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
@@ -156,7 +158,7 @@ class Text:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as it stands: nothing added, special tokens' names in it are ordinary characters."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return _encoding(self._plain, text, None, add_special_tokens=False).ids
 
     def encode_input(self, text: str, pair: str | None = None, *, window: int | None = None) -> ModelInput:
         """What an encoder reads for a text: special tokens' names in it are ordinary characters.
@@ -166,7 +168,7 @@ class Text:
             pair: a second one, for models that judge two together.
             window: tokens to fit into; the ends of the texts are left out, the longer one's first.
         """
-        encoding = self._plain.encode(text, pair, add_special_tokens=True)
+        encoding = _encoding(self._plain, text, pair, add_special_tokens=True)
         sides: tuple[list[int], list[int]] = ([], [])
         for index, side in enumerate(encoding.sequence_ids):
             if side is not None:
@@ -239,7 +241,7 @@ class Text:
         """
         rendered, marks = self._render_marked(messages, add_generation_prompt, tools)
         if not marks:
-            return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+            return _encoding(self._tokenizer, rendered, None, add_special_tokens=False).ids
         ids: list[int] = []
         for segment in self._segments(rendered, marks):
             ids.extend(self.encode(segment) if isinstance(segment, str) else (segment,))
@@ -325,6 +327,14 @@ def verify_contract(folder: Path, contract: TextContract) -> None:
     found = text._fingerprint()
     if found != contract.hash:
         raise _mismatch(folder, f"hash {found[:12]}", f"hash {contract.hash[:12]}")
+
+
+def _encoding(tokenizer: Tokenizer, text: str, pair: str | None, *, add_special_tokens: bool) -> Encoding:
+    if len(text) + len(pair or "") < _LONG:
+        return tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)
+    # `encode` keeps the interpreter to itself, for seconds in the case of megabytes; a batch lets other threads run.
+    whole = text if pair is None else (text, pair)
+    return tokenizer.encode_batch([whole], add_special_tokens=add_special_tokens)[0]
 
 
 def _picked(values: Sequence[Any], indices: Sequence[int]) -> tuple[Any, ...]:

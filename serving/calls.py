@@ -130,6 +130,16 @@ Prompt = str | tuple[int, ...] | Conversation
 """A text, token ids, or a conversation."""
 
 
+_LONG = 1 << 15
+
+
+def is_long(prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts take so long to encode (more than some 30 ms) that the event loop has to go on meanwhile."""
+    texts = [p for p in prompts if isinstance(p, str)]
+    texts += [m.content for p in prompts if isinstance(p, Conversation) for m in p.messages if m.content]
+    return sum(map(len, texts)) >= _LONG
+
+
 @dataclass(frozen=True)
 class Call:
     """One HTTP request, validated: prompts to be continued."""

@@ -6,9 +6,11 @@ that is asked for what it cannot do refuses, and says what it can.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +30,7 @@ from serving.calls import (
     ReplicaStatus,
     ServedModel,
     Tokens,
+    is_long,
 )
 
 if TYPE_CHECKING:
@@ -97,12 +100,14 @@ class EngineReplica:
     async def tokenize(self, prompt: Prompt) -> Tokens | Refusal:
         """The token ids that a text or a conversation becomes, as the model reads them."""
         try:
+            encode: Callable[[], tuple[int, ...]]
             if self._writer is not None:
-                ids = self._writer.token_ids(prompt)
+                encode = partial(self._writer.token_ids, prompt)
             elif isinstance(prompt, str):
-                ids = self._text.encode_input(prompt).token_ids
+                encode = partial(_encode_input, self._text, prompt)
             else:
                 return Refusal.incapable("chat", self.capabilities)
+            ids = await asyncio.to_thread(encode) if is_long([prompt]) else encode()
         except RequestError as error:
             return Refusal.of(error)
         return Tokens(ids, self._context_length)
@@ -164,6 +169,10 @@ class EngineReplica:
     def close(self) -> None:
         """Ends the engine's thread; requests in flight end with an error."""
         self._engine.close()
+
+
+def _encode_input(text: Any, prompt: str) -> tuple[int, ...]:
+    return tuple(text.encode_input(prompt).token_ids)
 
 
 def _cache_tokens(engine: Any, config: ServingConfig) -> int:

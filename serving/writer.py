@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 from actors.engine.engine import Engine
 from actors.engine.request import Request, TokenEvent
@@ -19,7 +20,7 @@ from actors.engine.stream import AsyncEngine
 from actors.tools import Convention
 from configs.errors import GanymedeError, RequestError
 from configs.schema.generation import Structure
-from serving.calls import Call, Conversation, Piece, Prompt, Refusal
+from serving.calls import Call, Conversation, Piece, Prompt, Refusal, is_long
 from serving.transcript import Transcript
 
 
@@ -61,7 +62,8 @@ class Writer:
             if call.sampling.structure is not None:
                 # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
                 await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
-            requests = self._requests(call, convention)
+            encode = partial(self._requests, call, convention)
+            requests = await asyncio.to_thread(encode) if is_long(call.prompts) else encode()
             transcripts = {
                 index: self._transcript(call, index, request, convention) for index, request in requests.items()
             }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import random
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -266,3 +268,23 @@ def test_bytes_that_are_no_http_do_not_stop_the_server(url: str, client: httpx.C
             each.shutdown(socket.SHUT_WR)
             assert not each.recv(1 << 16).startswith((b"HTTP/1.1 200", b"HTTP/1.1 5"))
     assert still_serves(client)
+
+
+def test_a_prompt_of_megabytes_leaves_the_others_their_turn(url: str) -> None:
+    body = {"model": "tiny", "prompt": "def open(a, b): return a + b\n" * 50_000, "max_tokens": 1}
+
+    async def main() -> tuple[list[httpx.Response], float]:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            tokens = {name: value for name, value in body.items() if name != "max_tokens"}
+            answers = asyncio.gather(client.post("/v1/completions", json=body), client.post("/tokenize", json=tokens))
+            longest = 0.0
+            while not answers.done():
+                began = time.monotonic()
+                assert (await client.get("/live")).status_code == 200
+                longest = max(longest, time.monotonic() - began)
+            return await answers, longest
+
+    (refused, tokenized), longest = asyncio.run(main())
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
+    assert tokenized.json()["count"] > 50_000
+    assert longest < 2
