@@ -31,9 +31,10 @@ from benchmarks.measuring import command, keep, machine, versions
 from benchmarks.programs import ROOT, run_module
 from configs.schema.model import ModelConfig
 from configs.schema.training import OptimConfig
-from pipelines.training.checkpoint import Checkpoint, Checkpoints, prefixed
+from pipelines.training.checkpoint import Checkpoint, Checkpoints
 from pipelines.training.models import build_model
 from pipelines.training.optim import Optimizer
+from pipelines.training.sharding import held_weights
 
 SHAPE = {"hidden_size": 384, "layers": 8, "heads": 6, "intermediate_size": 1024, "context_length": 256}
 VOCAB = 8192
@@ -148,8 +149,10 @@ def _checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 def _saving(shape: ModelConfig, vocab: int, work: Path) -> dict[str, float]:
     work.mkdir(parents=True, exist_ok=True)
     model = build_model(shape, vocab_size=vocab, eos_token_id=0, seed=1)
-    optimizer = Optimizer(model, OptimConfig(), dtype=torch.float32)
-    tensors = prefixed("model", dict(model.named_parameters())) | prefixed("optimizer", optimizer.state())
+    weights = held_weights(model)
+    optimizer = Optimizer(model, weights, OptimConfig(), dtype=torch.float32)
+    states = {"model": weights, **optimizer.state()}
+    tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
     with tempfile.TemporaryDirectory(dir=work) as folder:
         checkpoints, stalls = Checkpoints(Path(folder)), []
         for step in range(1, 6):

@@ -68,6 +68,10 @@ class TrainingConfig(Config):
     """Data-parallel Ray Train workers."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """Threads of a worker; decides content, as sums are rounded in their order."""
+    sharding: Literal["none", "full"] = "none"
+    """`full`: each worker holds its part of weights, gradients and optimizer state and gathers the weights of a layer
+    when it runs (FSDP2), for models that do not fit a worker; `none`: each worker holds all. Decides content, as
+    gradients are summed in another order."""
     use_gpu: bool = placement(False)
     max_failures: Annotated[int, Field(ge=0)] = placement(3)
     """Times that dead or hung workers are replaced before the stage fails."""

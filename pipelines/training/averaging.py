@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class WeightAverage:
     """The average of `parameters`, which it follows once a step."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self._parameters = parameters
         self._decay = decay
         self._average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -46,7 +46,9 @@ class WeightAverage:
         for name, average in self._average.items():
             average.copy_(state[name])
 
+    @torch.no_grad()
     def _exchange(self) -> None:
         for name, average in self._average.items():
-            parameter = self._parameters[name]
-            parameter.data, self._average[name] = average, parameter.data
+            weights = self._parameters[name].detach().clone()
+            self._parameters[name].copy_(average)
+            average.copy_(weights)

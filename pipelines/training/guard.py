@@ -10,10 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable
 
 WINDOW = 32
 """Steps looked back on; nothing is a leap before there are as many."""
@@ -37,10 +34,10 @@ class LossGuard:
         self._recent.append(loss)
         return None
 
-    def state(self) -> dict[str, Tensor]:
-        """What later steps are compared with."""
-        return {"recent": torch.tensor(self._recent, dtype=torch.float64)}
+    def state(self) -> tuple[float, ...]:
+        """The losses that later steps are compared with."""
+        return tuple(self._recent)
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_state(self, losses: Iterable[float]) -> None:
         """Takes over what `state()` gave."""
-        self._recent = deque(state["recent"].tolist(), maxlen=WINDOW)
+        self._recent = deque(losses, maxlen=WINDOW)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from configs.errors import CorruptArtifactError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.training.averaging import WeightAverage
-from pipelines.training.checkpoint import Checkpoint, Checkpoints, prefixed, without_prefix
+from pipelines.training.checkpoint import Checkpoint, Checkpoints, without_prefix
 from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
 from pipelines.training.models import flops_per_token, recompute_activations
@@ -29,10 +29,11 @@ from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
 from pipelines.training.schedule import rate_factor
+from pipelines.training.sharding import Program, collect_gradients, drop_gathered, held_weights, shard
 
 # What is summed over the ranks beside the gradients, by place: target tokens, positions run over (padding included),
-# votes to stop, and from there on the loss of each row of the global batch.
-_TARGETS, _POSITIONS, _STOP, _ROW_LOSSES = range(4)
+# votes to stop, the first rank's vote to save, and from there on the loss of each row of the global batch.
+_TARGETS, _POSITIONS, _STOP, _SAVE, _ROW_LOSSES = range(5)
 AVERAGE = "average"
 """What the averaged weights are called in a checkpoint."""
 
@@ -48,7 +49,7 @@ class Hooks:
     notice: Callable[[str], None]
     """Takes one sentence that a person should see."""
     arrived: Callable[[int], None]
-    """Called on every rank with the number of a step (from 1) before it joins the sum over all of them."""
+    """Called on every rank with the number of a step (from 1) before it first waits for the others in it."""
     should_stop: Callable[[], bool]
     """Asked once a step on every rank; one True stops all of them after that step, with a checkpoint."""
 
@@ -76,21 +77,32 @@ class Trainer:
         checkpoints: Checkpoints,
         hooks: Hooks,
     ) -> None:
-        self._model = model.to(hardware.device).train()
+        self._model = model.train()
         if config.activation_checkpointing:
             recompute_activations(model)
+        self._program = Program(model)
+        self._sharded = config.sharding == "full" and ranks.world_size > 1
+        if self._sharded:
+            shard(self._program, hardware, ranks)
+        else:
+            model.to(hardware.device)
         self._objective = objective
         self._config = config
         self._hardware = hardware
         self._ranks = ranks
         self._checkpoints = checkpoints
         self._hooks = hooks
-        self._optimizer = Optimizer(model, config.optim, dtype=hardware.dtype)
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.buffer = GradientBuffer(self._parameters.values(), extra=_ROW_LOSSES + config.batch_rows)
+        self._parameters = held_weights(model)
+        self._optimizer = Optimizer(
+            model, self._parameters, config.optim, dtype=hardware.dtype, sharded=self._sharded
+        )  # fmt: skip
+        extra = _ROW_LOSSES + config.batch_rows
+        self.buffer = GradientBuffer(self._parameters.values(), extra, sharded=self._sharded)
+        collect_gradients(model, self._parameters)
         self._guard = LossGuard(config.spike_nats)
         self._average = None if config.ema_decay is None else WeightAverage(self._parameters, config.ema_decay)
         self._tokens_seen = 0
+        self._saved_at = 0.0
 
     def run(self) -> Outcome:
         """Trains from the newest checkpoint to the last step, or to where `should_stop` says.
@@ -108,9 +120,9 @@ class Trainer:
             self._model.base_model.compile(dynamic=False)
         matmul_rate = self._hardware.matmul_rate(self._ranks)
         clock = _Clock(flops_per_token(self._model, self._objective.row_tokens), matmul_rate)
-        saved_at = time.monotonic()
+        self._saved_at = time.monotonic()
         for step in range(start, self._config.steps):
-            figures, stop = self._step(step, clock)
+            figures, stop, save = self._step(step, clock)
             last = step + 1 == self._config.steps
             evaluates = last or (step + 1) % self._config.eval_every_steps == 0
             logs = evaluates or (step + 1) % self._config.log_every_steps == 0
@@ -121,12 +133,10 @@ class Trainer:
                     figures |= self.evaluate()
             if logs:
                 clock.restart()
-            if self._ranks.rank == 0:
-                if logs:
-                    self._hooks.report({**figures, "time_ms": time.time_ns() // 1_000_000})
-                if stop or last or time.monotonic() - saved_at >= self._config.checkpoint_every_seconds:
-                    self._save(step + 1)
-                    saved_at = time.monotonic()
+            if logs and self._ranks.rank == 0:
+                self._hooks.report({**figures, "time_ms": time.time_ns() // 1_000_000})
+            if stop or last or save:
+                self._save(step + 1)
             if stop:
                 return Outcome(step + 1, self._tokens_seen, finished=last)
         return Outcome(self._config.steps, self._tokens_seen, finished=True)
@@ -142,7 +152,7 @@ class Trainer:
             part = rows.part(begin, min(begin + self._config.micro_batch_rows, len(rows))).to(self._hardware.device)
             torch.manual_seed(_mixed(self._config.seed, step, first + begin))
             with self._hardware.autocast():
-                loss = self._objective.loss(self._model, part)
+                loss = self._program(self._objective.loss, part)
             loss.backward()
             self.buffer.extra[_TARGETS] += part.target_count
             self.buffer.extra[_POSITIONS] += part.positions
@@ -155,15 +165,24 @@ class Trainer:
         With several sources, the validation loss of each as well, in nats per target.
         """
         sources = self._objective.validation()
+        rank, world_size = self._ranks.rank, self._ranks.world_size
         sums = torch.zeros((len(sources), self._objective.tallies), dtype=torch.float64, device=self._hardware.device)
         size = self._config.micro_batch_rows
         self._model.eval()
         for total, rows in zip(sums, sources.values(), strict=True):
-            for begin in range(size * self._ranks.rank, len(rows), size * self._ranks.world_size):
+            for first in range(0, len(rows), size * world_size):
+                counts = first + size * rank < len(rows)
+                if not counts and not self._sharded:
+                    break
+                # Ranks that share a model run it together: one without rows of its own repeats another's.
+                begin = first + size * rank if counts else first
                 part = rows.part(begin, min(begin + size, len(rows))).to(self._hardware.device)
                 with self._hardware.autocast():
-                    total += self._objective.measure(self._model, part)
+                    measured = self._program(self._objective.measure, part)
+                if counts:
+                    total += measured
         self._model.train()
+        drop_gathered(self._program)
         sums = self._ranks.sum(sums)
         figures: dict[str, float] = self._objective.figures(sums.sum(0).tolist())
         if len(sources) > 1:
@@ -171,19 +190,24 @@ class Trainer:
             figures |= {f"validation_loss/{name}": mean for name, mean in zip(sources, means, strict=True)}
         return figures
 
-    def _step(self, step: int, clock: _Clock) -> tuple[dict[str, float], bool]:
+    def _step(self, step: int, clock: _Clock) -> tuple[dict[str, float], bool, bool]:
+        """One step: its figures, whether to stop, whether a checkpoint is due."""
         waiting = time.perf_counter()
         rows = self._objective.batch(step, self._ranks.rank, self._ranks.world_size)
         clock.waited(time.perf_counter() - waiting)
         self.buffer.clear()
+        if self._sharded:
+            self._hooks.arrived(step + 1)
         self.accumulate(rows, step)
         self.buffer.extra[_STOP] += self._hooks.should_stop()
-        self._hooks.arrived(step + 1)
+        self.buffer.extra[_SAVE] += self._ranks.rank == 0 and self._is_due()
+        if not self._sharded:
+            self._hooks.arrived(step + 1)
         self.buffer.sum(self._ranks)
-        tokens, positions, stop = self.buffer.extra[:_ROW_LOSSES].tolist()
+        tokens, positions, stop, save = self.buffer.extra[:_ROW_LOSSES].tolist()
         row_losses = self.buffer.extra[_ROW_LOSSES:]
         gradients = self.buffer.gradients.div_(tokens)
-        norm = torch.linalg.vector_norm(gradients)
+        norm = self.buffer.norm(self._ranks)
         loss = float(row_losses.sum() / tokens)
         problem = self._guard.check(loss, float(norm))
         if problem is not None:
@@ -202,7 +226,10 @@ class Trainer:
             "lr": factor * self._config.optim.learning_rate,
             "grad_norm": float(norm),
         }
-        return figures, bool(stop)
+        return figures, bool(stop), bool(save)
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._config.checkpoint_every_seconds
 
     def _diverged(self, step: int, problem: str, row_losses: Tensor) -> StageError:
         """The error that ends the run, with the rows that are no number, or else those whose loss is the highest."""
@@ -220,18 +247,17 @@ class Trainer:
 
     def _restore(self) -> int:
         """Loads the newest checkpoint on every rank; the number of steps done."""
-        found = None
-        if self._ranks.rank == 0:
-            found = self._checkpoints.newest(self._notice_damage)
-        step = self._ranks.from_first(found.step if found else 0, self._hardware.device)
+        newest = self._checkpoints.newest(self._notice_damage) if self._ranks.rank == 0 else None
+        step = self._ranks.from_first(newest or 0, self._hardware.device)
         if step == 0:
             return 0
-        checkpoint = found or self._checkpoints.load(step)
+        checkpoint = self._checkpoints.load(step, self._ranks if self._sharded else Ranks())
         with torch.no_grad():
             for name, value in without_prefix("model", checkpoint.tensors).items():
                 self._parameters[name].copy_(value)
-        self._optimizer.load_state(without_prefix("optimizer", checkpoint.tensors))
-        self._guard.load_state(without_prefix("guard", checkpoint.tensors))
+        kinds = {kind: without_prefix(kind, checkpoint.tensors) for kind in self._optimizer.state()}
+        self._optimizer.load_state(kinds, step)
+        self._guard.load_state(checkpoint.recent_losses)
         if self._average:
             self._average.load_state(without_prefix(AVERAGE, checkpoint.tensors))
         self._tokens_seen = checkpoint.tokens_seen
@@ -241,11 +267,24 @@ class Trainer:
         self._hooks.notice(str(error))
 
     def _save(self, step: int) -> None:
-        states = {"model": self._parameters, "optimizer": self._optimizer.state(), "guard": self._guard.state()}
+        """Writes what the first rank holds, or in a sharded run what every rank does."""
+        self._saved_at = time.monotonic()
+        if not self._sharded and self._ranks.rank > 0:
+            return
+        states = {"model": self._parameters, **self._optimizer.state()}
         if self._average:
             states[AVERAGE] = self._average.state()
-        tensors = {name: t for prefix, state in states.items() for name, t in prefixed(prefix, state).items()}
-        self._checkpoints.save(Checkpoint(step, self._tokens_seen, tensors))
+        whole = {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
+        self._checkpoints.save(
+            Checkpoint(
+                step,
+                self._tokens_seen,
+                {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()},
+                self._guard.state(),
+                {f"{kind}/{name}": whole[name] for kind, state in states.items() for name in state},
+            ),
+            self._ranks if self._sharded else Ranks(),
+        )
 
 
 def _mixed(*numbers: int) -> int:

@@ -1,9 +1,10 @@
-"""Synchronous data parallelism: a fixed layout for gradients, and one reduction a step.
+"""Synchronous data parallelism: what ranks exchange, a fixed layout for gradients, and one reduction a step.
 
 All gradients live in one flat buffer whose layout is the model's parameter order, and one sum over all ranks carries
 them together with the loss, the token count and the stop flag. A fixed layout is what makes a resumed run bit-identical
 to an uninterrupted one: `DistributedDataParallel` lays its buckets out anew after the first step, which changes the
-order of the sums.
+order of the sums. In a sharded run the buffer holds this rank's rows of the gradients, which the backward pass has
+already summed, and the sum over the ranks carries the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -39,21 +40,47 @@ class Ranks:
         shared = torch.tensor([value if self.rank == 0 else 0], dtype=torch.int64, device=device)
         return int(self.sum(shared).item())
 
+    def rows(self, count: int) -> range:
+        """Which of `count` rows this rank holds where each holds a part: ceil(count / ranks) of them, the last fewer.
+
+        FSDP2 cuts weights this way, as `torch.chunk` does.
+        """
+        each = -(-count // self.world_size)
+        return range(min(self.rank * each, count), min((self.rank + 1) * each, count))
+
+    def gather(self, value: bytes, device: torch.device) -> list[bytes]:
+        """The `value` of every rank, in their order, on every rank; all must be of one length."""
+        values = torch.zeros((self.world_size, len(value)), dtype=torch.int64, device=device)
+        values[self.rank] = torch.tensor(list(value), dtype=torch.int64)
+        return [bytes(row) for row in self.sum(values).tolist()]
+
+    def exchange(self, parts: Tensor) -> Tensor:
+        """Part r of `parts` [world_size, ...] goes to rank r; what came from rank r is part r of the result."""
+        if self.world_size == 1:
+            return parts
+        received = torch.empty_like(parts)
+        torch.distributed.all_to_all_single(received, parts)
+        return received
+
 
 class GradientBuffer:
-    """The gradients of `parameters` as views of one tensor, followed by `extra` scalars that are summed with them."""
+    """The gradients of `weights` as views of one tensor, followed by `extra` scalars that are summed with them.
 
-    def __init__(self, parameters: Iterable[nn.Parameter], extra: int) -> None:
-        self._parameters = list(parameters)
-        size = sum(p.numel() for p in self._parameters)
-        device = self._parameters[0].device
+    `sharded`: the weights are this rank's part of all, and their gradients are summed over the ranks by others.
+    """
+
+    def __init__(self, weights: Iterable[Tensor], extra: int, *, sharded: bool = False) -> None:
+        held = list(weights)
+        size = sum(weight.numel() for weight in held)
+        device = held[0].device
+        self._sharded = sharded
         self._all = torch.zeros(size + extra, dtype=torch.float32, device=device)
         self.gradients = self._all[:size]
         self.extra = self._all[size:]
         start = 0
-        for parameter in self._parameters:
-            parameter.grad = self.gradients[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+        for weight in held:
+            weight.grad = self.gradients[start : start + weight.numel()].view_as(weight)
+            start += weight.numel()
 
     def clear(self) -> None:
         """Zeroes gradients and scalars."""
@@ -61,4 +88,9 @@ class GradientBuffer:
 
     def sum(self, ranks: Ranks) -> None:
         """Replaces gradients and scalars by their sums over all ranks."""
-        ranks.sum(self._all)
+        ranks.sum(self.extra if self._sharded else self._all)
+
+    def norm(self, ranks: Ranks) -> Tensor:
+        """L2 norm of the gradients of all weights, a scalar, the same on every rank."""
+        norm = torch.linalg.vector_norm(self.gradients)
+        return ranks.sum(norm.square()).sqrt() if self._sharded else norm

@@ -28,6 +28,7 @@ from pipelines.training.models import (
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import Ranks
+from pipelines.training.sharding import held_weights, sharded_layers
 
 TOKENS_PER_PARAMETER = 20
 """Training tokens a parameter at which a given amount of arithmetic is best spent (Hoffmann et al. 2022, "Training
@@ -62,6 +63,8 @@ class Facts:
     trained: int
     """Parameters that training changes."""
     trained_by_muon: int
+    gathered: int
+    """Parameters that a worker of a sharded run has whole at once: those outside the layers, and the largest layer."""
     flops_per_position: float
     row_positions: int
     """Longest row."""
@@ -113,13 +116,17 @@ def plan(facts: Facts, config: TrainingConfig) -> Plan:
     """What a run with `facts` and `config` needs.
 
     A worker holds weights, gradients, the optimizer's numbers, an average if there is one, the activations of a
-    micro-batch, and a copy of weights and numbers while it writes a checkpoint.
+    micro-batch, and a copy of weights and numbers while it writes a checkpoint. In a sharded run it holds its part of
+    these, and whole what it has gathered and the gradients of that; on a processor it builds the whole model first.
     """
     numbers = _STATE_NUMBERS["adamw"] * (facts.trained - facts.trained_by_muon)
     numbers += _STATE_NUMBERS["muon"] * facts.trained_by_muon
     numbers += 0 if config.ema_decay is None else facts.trained
     updates = 2 * facts.trained_by_muon  # the directions before and after orthogonalisation
     kept = facts.parameters + facts.trained + numbers + max(facts.trained + numbers, updates)
+    if config.sharding == "full" and config.workers > 1:
+        kept = -(-kept // config.workers) + 2 * facts.gathered
+        kept = kept if config.use_gpu else max(kept, facts.parameters)
     activations = facts.trial.activation_bytes if facts.trial else 0
     row = facts.trial.row_positions if facts.trial else facts.row_positions
     batch = config.batch_rows * row
@@ -154,7 +161,7 @@ def check(planned: Plan, facts: Facts, config: TrainingConfig) -> None:
         f"= {needed / 1e9:.2f} GB on one machine",
         allowed=f"{facts.memory_bytes / 1e9:.2f} GB, which are free",
         next_step=f"lower training.micro_batch_rows (now {config.micro_batch_rows}), training.workers "
-        f"(now {config.workers}) or the model's size, or train adapters (lora)",
+        f"(now {config.workers}) or the model's size, set training.sharding=full, or train adapters (lora)",
     )
 
 
@@ -196,7 +203,7 @@ def trial(
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             once()
         seconds = once()
-        optimizer = Optimizer(model, config.optim, dtype=hardware.dtype)
+        optimizer = Optimizer(model, held_weights(model), config.optim, dtype=hardware.dtype)
         optimizer.step(1.0, Ranks())  # the first one allocates
         started = time.perf_counter()
         optimizer.step(1.0, Ranks())
@@ -220,10 +227,12 @@ def survey(
 ) -> Facts:
     """The facts that a model tells which has no memory for its weights."""
     matrices = hidden_matrices(skeleton) if config.optim.name == "muon" else {}
+    layers = [parameter_count(layer) for layer in sharded_layers(skeleton)]
     return Facts(
         parameters=parameter_count(skeleton),
         trained=trained_count(skeleton),
         trained_by_muon=sum(matrix.numel() for matrix in matrices.values()),
+        gathered=parameter_count(skeleton) - sum(layers) + max(layers, default=0),
         flops_per_position=flops_per_token(skeleton, row_positions),
         row_positions=row_positions,
         memory_bytes=memory_bytes,

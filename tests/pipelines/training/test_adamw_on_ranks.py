@@ -10,12 +10,14 @@ from configs.schema.training import OptimConfig
 from pipelines.training.models import build_model
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import Ranks
+from pipelines.training.sharding import held_weights
 
 
 def stepped(ranks: Ranks) -> nn.Module:
     dials = ModelConfig(architecture="bert", hidden_size=32, layers=1, heads=2, context_length=16)
     model = build_model(dials, vocab_size=50, eos_token_id=0, seed=1, head="classify", labels=["a", "b"])
-    optimizer = Optimizer(model, OptimConfig(name="adamw", learning_rate=0.01), dtype=torch.float32)
+    config = OptimConfig(name="adamw", learning_rate=0.01)
+    optimizer = Optimizer(model, held_weights(model), config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step(1.0, ranks)

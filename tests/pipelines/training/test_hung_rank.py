@@ -51,17 +51,18 @@ def assemble() -> tuple[nn.Module, Stopping]:
     return build_model(shape, vocab_size=16, eos_token_id=0, seed=1), Stopping()
 
 
-def one_rank(folder: Path, rank: int) -> None:
+def one_rank(folder: Path, rank: int, sharding: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2,
         timeout=timedelta(seconds=CONFIG.hang_seconds),
     )  # fmt: skip
-    run(Task(folder, CONFIG, assemble), Ranks.current(), CPU)
+    run(Task(folder, CONFIG.model_copy(update={"sharding": sharding}), assemble), Ranks.current(), CPU)
 
 
-def test_a_rank_that_stands_still_is_named_within_the_set_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_rank_that_stands_still_is_named_within_the_set_time(tmp_path: Path, sharding: str) -> None:
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=one_rank, args=(tmp_path, rank)) for rank in range(2)]
+    ranks = [context.Process(target=one_rank, args=(tmp_path, rank, sharding)) for rank in range(2)]
     for process in ranks:
         process.start()
     try:

@@ -24,7 +24,7 @@ from pipelines.training.start import Start
 CPU = Hardware(torch.device("cpu"), "fp32", compile=False)
 TRAINING = TrainingConfig(steps=100, batch_rows=8, micro_batch_rows=4, workers=2, optim=OptimConfig(name="adamw"))
 FACTS = Facts(
-    parameters=1000, trained=1000, trained_by_muon=0, flops_per_position=6000.0, row_positions=32,
+    parameters=1000, trained=1000, trained_by_muon=0, gathered=150, flops_per_position=6000.0, row_positions=32,
     memory_bytes=2_000_000_000, workers_on_machine=2,
 )  # fmt: skip
 
@@ -59,6 +59,24 @@ def test_a_plan_multiplies_out() -> None:
     assert planned.worker_bytes - plan(dataclasses.replace(FACTS, parameters=0, trained=0), TRAINING).worker_bytes == (
         4 * 1000 * (1 + 1 + 2 + 3)
     )
+
+
+@pytest.mark.parametrize(("workers", "numbers"), [(1, 7 * 1000), (2, 7 * 1000 / 2 + 2 * 150), (8, 7 * 125 + 2 * 150)])
+def test_a_sharded_worker_needs_its_part_and_what_it_gathers(workers: int, numbers: float) -> None:
+    config = TRAINING.model_copy(update={"sharding": "full", "workers": workers})
+    nothing = dataclasses.replace(FACTS, parameters=0, trained=0, gathered=0)
+    assert plan(FACTS, config).worker_bytes - plan(nothing, config).worker_bytes == 4 * numbers
+    only_built = dataclasses.replace(FACTS, trained=0, gathered=0)
+    built = plan(only_built, config).worker_bytes - plan(nothing, config).worker_bytes
+    assert built == 4 * 1000  # whole in the machine's memory before it is cut
+
+
+def test_of_a_model_its_layers_are_gathered_one_at_a_time() -> None:
+    config = ModelConfig(hidden_size=32, layers=3, heads=2, context_length=32, tie_embeddings=True)
+    skeleton = Start(config, None, None).skeleton("causal", vocab_size=300, eos_token_id=0)
+    facts = survey(skeleton, 32, TRAINING, memory_bytes=1, workers_on_machine=1)
+    layer = sum(p.numel() for p in skeleton.get_decoder().layers[0].parameters())
+    assert facts.gathered == facts.parameters - 2 * layer == 300 * 32 + 32 + layer
 
 
 def test_a_trial_gives_time_memory_and_cost() -> None:
