@@ -314,7 +314,10 @@ def test_an_answer_is_text_or_calls_that_fit(kind: str, model_folder: Path, tmp_
     assert may(go, parallel=False)
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
+@pytest.fixture(
+    scope="module",
+    params=["tagged", *(pytest.param(kind, marks=pytest.mark.slow) for kind in TEMPLATES if kind != "tagged")],
+)
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
