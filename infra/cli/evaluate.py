@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from infra.cli.alone import label_of, model_reference, run_alone
 from infra.cli.models import MODEL_HELP
-from infra.cli.output import Debug, Json, print_json, print_table, say
+from infra.cli.output import Debug, Json, Tracker, print_json, print_table, say
 from infra.local import ray_session, route_logs, state_home
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def evaluate(
         int, typer.Option(min=1, help="Copies of the model that share the items, in processes of the Ray cluster.")
     ] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Decides which examples are drawn.")] = 0,
-    tracker: Annotated[
-        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
-    ] = "mlflow",
+    tracker: Tracker = "mlflow",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -126,9 +124,7 @@ def judge(
         str | None, typer.Option(help="What the judge is asked, instead of which serves better.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Judge this many items.")] = None,
-    tracker: Annotated[
-        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
-    ] = "mlflow",
+    tracker: Tracker = "mlflow",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

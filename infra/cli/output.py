@@ -34,6 +34,11 @@ Debug = Annotated[
     bool, typer.Option("--debug", callback=_remember, help="Show the traceback of an error.", show_default=False)
 ]
 
+Tracker = Annotated[
+    Literal["mlflow", "jsonl", "none"],
+    typer.Option(help="Where metrics and scores go; $MLFLOW_TRACKING_URI is honoured."),
+]
+
 
 def wants(context: typer.Context, option: str) -> bool:
     """Whether `--json` (`as_json`) or `--debug` (`debug`) was given to the command that runs."""

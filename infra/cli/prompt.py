@@ -10,7 +10,7 @@ import typer
 
 from infra.cli.files import write_file
 from infra.cli.models import MODEL_HELP, find_model_folder
-from infra.cli.output import Debug, Json, print_json, print_table, say
+from infra.cli.output import Debug, Json, Tracker, print_json, print_table, say
 from infra.local import route_logs, state_home
 
 if TYPE_CHECKING:
@@ -195,9 +195,7 @@ def sweep(
     free: Annotated[
         bool, typer.Option("--free", help="Let answers be any text; otherwise they are held to the task's choices.")
     ] = False,
-    tracker: Annotated[
-        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where scores go; $MLFLOW_TRACKING_URI is honoured.")
-    ] = "mlflow",
+    tracker: Tracker = "mlflow",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from infra.cli.output import Debug, Json, err, print_json, say
+from infra.cli.output import Debug, Json, Tracker, err, print_json, say
 from infra.cli.progress import RunProgress
 from infra.local import ray_session, route_logs, state_home
 
@@ -27,9 +27,7 @@ def run(
     start: Annotated[
         str | None, typer.Option("--from", metavar="STAGE", help="Leave out the stages before this one; they stand.")
     ] = None,
-    tracker: Annotated[
-        Literal["mlflow", "jsonl", "none"], typer.Option(help="Where metrics go; $MLFLOW_TRACKING_URI is honoured.")
-    ] = "mlflow",
+    tracker: Tracker = "mlflow",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -11,18 +11,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-from configs.errors import CorruptArtifactError
 from configs.schema.tasks import Answering
 from pipelines.evaluation.asking import Row
 from pipelines.evaluation.endpoints import Endpoint
 from pipelines.evaluation.resampling import Difference, compare, mean
-from pipelines.evaluation.task_report import REPORT
+from pipelines.evaluation.stored_report import Record, StoredReport
 
 JUDGEMENTS = "judgements.parquet"
 Verdict = Literal["first", "second", "tie", "none"]
@@ -43,10 +40,8 @@ Neither their order nor their length matters. Say briefly why, and end with a li
 """
 
 
-class Judgement(BaseModel):
+class Judgement(Record):
     """One item, both answers, and what the judge said of them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     item: str
     prompt: str
@@ -70,11 +65,10 @@ class Judgement(BaseModel):
         return self.answers[0] != self.answers[1]
 
 
-class JudgeReport(BaseModel):
-    """What a judge makes of two models. Holds no time and no place."""
+class JudgeReport(StoredReport):
+    """What a judge makes of two models."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+    made_by: ClassVar[str] = "`ganymede judge` or a stage of kind judge"
     format: Literal[1] = 1
     task: str
     models: tuple[str, str]
@@ -97,16 +91,6 @@ class JudgeReport(BaseModel):
     """Cohen's kappa of the two verdicts; None where chance alone would make them agree."""
     shown_first: float | None
     """Share of the verdicts for one answer that went to the one shown first: 0.5 is a judge without a leaning."""
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The report of an artifact. Raises `CorruptArtifactError` if it is not one."""
-        try:
-            return cls.model_validate_json((folder / REPORT).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifactError(
-                f"{folder / REPORT} is no report of a judge: {error}", next_step="name one that `ganymede judge` made"
-            ) from error
 
 
 def judge_pairs(

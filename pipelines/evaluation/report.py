@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict
 
-from configs.errors import CorruptArtifactError
 from configs.schema.evaluation import Metric
 from pipelines.corpus.instructions import Task
 from pipelines.evaluation.resampling import Estimate
+from pipelines.evaluation.stored_report import Record, StoredReport
 
-REPORT = "report.json"
 PAIRS = "answers.jsonl"
 """What was asked, and every model's answer with its score."""
 _TITLES: Mapping[Metric, str] = {"rouge_l": "summaries\n(ROUGE-L)", "chrf": "signatures\n(chrF)"}
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelScores(_Record):
+class ModelScores(Record):
     """The scores of one model."""
 
     digest: str
@@ -36,9 +29,10 @@ class ModelScores(_Record):
     """0 to 100; the mean over the answers of the metric's task."""
 
 
-class Report(_Record):
-    """Models side by side. Holds no time and no place: the same models and data give the same bytes."""
+class Report(StoredReport):
+    """Models side by side."""
 
+    made_by: ClassVar[str] = "a stage of kind evaluate"
     format: Literal[1] = 1
     rows: int
     row_tokens: int
@@ -49,21 +43,6 @@ class Report(_Record):
     metrics: dict[Metric, str]
     """How each score is made."""
     models: dict[str, ModelScores]
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The report of an artifact. Raises `CorruptArtifactError` if it is not one."""
-        path = folder / REPORT
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifactError(
-                f"{path} is no evaluation report: {error}", next_step="give an artifact of the evaluate stage"
-            ) from error
-
-    def to_json(self) -> str:
-        """The text of `report.json`."""
-        return self.model_dump_json(indent=2) + "\n"
 
 
 def scores_picture(report: Report) -> bytes:

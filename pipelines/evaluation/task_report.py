@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from configs.errors import CorruptArtifactError
 from configs.schema.tasks import Kind, Task
 from pipelines.evaluation.asking import Row
 from pipelines.evaluation.resampling import Estimate, estimate
 from pipelines.evaluation.scoring import combine, signature, stack
+from pipelines.evaluation.stored_report import Record, StoredReport
 
-REPORT = "report.json"
 ANSWERS = "answers.parquet"
 PAGE = "report.html"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TaskFacts(_Record):
+class TaskFacts(Record):
     """What was asked, of every model alike."""
 
     kind: Kind
@@ -40,7 +32,7 @@ class TaskFacts(_Record):
     """How each score is made, the headline first."""
 
 
-class Scores(_Record):
+class Scores(Record):
     """What one model reached on one task."""
 
     scores: dict[str, Estimate]
@@ -54,7 +46,7 @@ class Scores(_Record):
     """What is known of overlaps, by artifact that the model was made from."""
 
 
-class ModelReport(_Record):
+class ModelReport(Record):
     """One model."""
 
     facts: dict[str, Any]
@@ -62,27 +54,13 @@ class ModelReport(_Record):
     tasks: dict[str, Scores]
 
 
-class TasksReport(_Record):
-    """Models by task. Holds no time and no place: the same models and data give the same bytes."""
+class TasksReport(StoredReport):
+    """Models by task."""
 
+    made_by: ClassVar[str] = "`ganymede evaluate` or a stage of kind tasks"
     format: Literal[1] = 1
     tasks: dict[str, TaskFacts]
     models: dict[str, ModelReport]
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The report of an artifact. Raises `CorruptArtifactError` if it is not one."""
-        try:
-            return cls.model_validate_json((folder / REPORT).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifactError(
-                f"{folder / REPORT} is no report of tasks: {error}",
-                next_step="name a report that `ganymede evaluate` or a stage of kind tasks made",
-            ) from error
-
-    def to_json(self) -> str:
-        """The text of `report.json`."""
-        return self.model_dump_json(indent=2) + "\n"
 
 
 def scores(task: Task, rows: Sequence[Row], lineage: Mapping[str, str]) -> Scores:

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
-
-from configs.errors import CorruptArtifactError
 from pipelines.evaluation.resampling import Difference, Estimate
+from pipelines.evaluation.stored_report import Record, StoredReport
 
-REPORT = "report.json"
 _OF_HUNDRED = ("squad_exact", "squad_f1", "bleu", "chrf", "rouge1", "rouge2", "rouge_l")
 """Metrics that are published from 0 to 100; the others are shares."""
 
 Advice = Literal["prompt", "fine-tune", "measure more", "set a target"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Cell(_Record):
+class Cell(Record):
     """One model asked in one way."""
 
     model: str
@@ -45,7 +37,7 @@ class Cell(_Record):
         return f"{self.model}, template {self.template}, {self.shots} shots, {self.sampling}"
 
 
-class Series(_Record):
+class Series(Record):
     """The best cell's model, template and sampling at every number of examples, held against each other in pairs."""
 
     shots: tuple[int, ...]
@@ -53,7 +45,7 @@ class Series(_Record):
     """Fewer shots, more shots, and what the more are worth."""
 
 
-class Reference(_Record):
+class Reference(Record):
     """A model that was trained for the task."""
 
     score: Estimate
@@ -62,9 +54,10 @@ class Reference(_Record):
     """What it is better by than the best cell, on the same items."""
 
 
-class SweepReport(_Record):
-    """Holds no time and no place: the same models, task and settings give the same bytes."""
+class SweepReport(StoredReport):
+    """Ways to prompt models, side by side."""
 
+    made_by: ClassVar[str] = "`ganymede prompt sweep` or a stage of kind sweep"
     format: Literal[1] = 1
     task: str
     metric: str
@@ -82,23 +75,12 @@ class SweepReport(_Record):
     references: dict[str, Reference]
     target: float | None
 
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """The report of an artifact. Raises `CorruptArtifactError` if it is not one."""
-        path = folder / REPORT
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CorruptArtifactError(
-                f"{path} is no report of a sweep: {error}", next_step="give an artifact of the sweep stage"
-            ) from error
-
     def points(self, score: float) -> float:
         """A score, or a difference of two, from 0 to 100."""
         return score if self.metric in _OF_HUNDRED else 100 * score
 
 
-class Recommendation(_Record):
+class Recommendation(Record):
     """What to do next, and why."""
 
     advice: Advice

@@ -16,7 +16,7 @@ from pipelines.corpus.shards import CorpusIndex
 from pipelines.evaluation.answering import ModelResult, chat_prompt, measure
 from pipelines.evaluation.lineage import check_overlaps
 from pipelines.evaluation.metrics import METRICS, bits_per_byte, mean_with_interval, signatures
-from pipelines.evaluation.report import PAIRS, REPORT, ModelScores, Report, scores_picture
+from pipelines.evaluation.report import PAIRS, ModelScores, Report, scores_picture
 from pipelines.evaluation.tasks import METRIC_OF, Selection, load_pairs, select
 from pipelines.stage import Progress, StageContext
 
@@ -169,7 +169,7 @@ def _figures(model: ModelScores) -> dict[str, float]:
 
 
 def _write(report: Report, scored: list[dict[str, Any]], context: StageContext) -> None:
-    (context.out / REPORT).write_text(report.to_json(), encoding="utf-8")
+    report.save(context.out)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     (context.out / PAIRS).write_text(lines, encoding="utf-8")
     (context.out / "scores.png").write_bytes(scores_picture(report))

@@ -17,7 +17,7 @@ from pipelines.evaluation.asking import Row
 from pipelines.evaluation.comparing import asked_alike
 from pipelines.evaluation.endpoints import Endpoint
 from pipelines.evaluation.judging import JUDGEMENTS, Judgement, JudgeReport, judge_pairs, summed_up
-from pipelines.evaluation.task_report import REPORT
+from pipelines.evaluation.stored_report import REPORT
 from pipelines.stage import Progress, StageContext
 
 _GROUP = 32
@@ -57,7 +57,7 @@ class JudgeStage:
             judge=judge.facts(),
             criterion=config.criterion,
         )
-        (context.out / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        report.save(context.out)
         pq.write_table(pa.Table.from_pylist([one.model_dump() for one in judgements]), context.out / JUDGEMENTS)
         _track(report, judgements, context)
         return {

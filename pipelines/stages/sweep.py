@@ -28,11 +28,12 @@ from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.resampling import compare, estimate
 from pipelines.evaluation.scoring import LOWER_IS_BETTER, Vectors, combine, signature, stack
+from pipelines.evaluation.stored_report import REPORT
 from pipelines.prompting.cells import Answer, Way, ask_way
 from pipelines.prompting.encoding import open_encoder
 from pipelines.prompting.examples import Chooser, Pool
 from pipelines.prompting.sweep_picture import sweep_picture
-from pipelines.prompting.sweep_report import REPORT, Cell, Reference, Series, SweepReport, best_cell, recommend
+from pipelines.prompting.sweep_report import Cell, Reference, Series, SweepReport, best_cell, recommend
 from pipelines.stage import Progress, StageContext
 from pipelines.training.models import folder_digest
 
@@ -109,7 +110,7 @@ class SweepStage:
         trained = {label: _ask_reference(config, sweep, folders[label], label, context) for label in config.references}
         report = _report(config, sweep, asked, trained)
         advice = recommend(report)
-        (context.out / REPORT).write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        report.save(context.out)
         (context.out / PICTURE).write_bytes(sweep_picture(report))
         _write_answers(context.out / ANSWERS, asked)
         _track(report, asked, context)

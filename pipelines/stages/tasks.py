@@ -23,10 +23,10 @@ from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.page import render
 from pipelines.evaluation.pool import Pool
+from pipelines.evaluation.stored_report import REPORT
 from pipelines.evaluation.task_report import (
     ANSWERS,
     PAGE,
-    REPORT,
     ModelReport,
     Scores,
     TaskFacts,
@@ -97,7 +97,7 @@ class TasksStage:
                     results[name] = scores(one.task, rows[label, name], known[label, name])
                 models[label] = ModelReport(facts=facts(), tasks=results)
         report = TasksReport(tasks={name: one.facts for name, one in asked.items()}, models=models)
-        (context.out / REPORT).write_text(report.to_json(), encoding="utf-8")
+        report.save(context.out)
         (context.out / PAGE).write_text(render(report, rows), encoding="utf-8")
         write_rows(context.out / ANSWERS, rows)
         _track(report, rows, context)

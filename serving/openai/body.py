@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -66,7 +67,7 @@ def _no_constant(name: str) -> NoReturn:
 
 def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     field = error.get("ctx", {}).get("field")
-    param = short(".".join(map(str, error["loc"] if field is None else (*error["loc"], field))) or error["type"])
+    param = short(_path(error["loc"] if field is None else (*error["loc"], field)) or error["type"])
     if error["type"] == "extra_forbidden":
         message, code = f"{param} is not supported; allowed: {', '.join(kind.model_fields)}", "unsupported_parameter"
         if len(error["loc"]) > 1:
@@ -78,6 +79,11 @@ def _field_error(kind: type[BaseModel], error: ErrorDetails) -> ApiError:
     if error["loc"]:
         message += f"; received {_shown(error['input'])}"
     return ApiError.bad_request(message, param=param, code="invalid_value")
+
+
+def _path(parts: Sequence[str | int]) -> str:
+    """The name of a field; a part without a character is `""`."""
+    return ".".join(str(part) or '""' for part in parts)
 
 
 def _shown(value: Any) -> str:
@@ -110,7 +116,7 @@ def _check(data: Any) -> None:
                     problem = f"is nested too deeply; allowed: {MAX_DEPTH} levels"
                 waiting.append(((*path, str(name)), each))
             if problem is not None:
-                named = ".".join((*path, str(name))[:_SHOWN_LEVELS])
+                named = _path((*path, name)[:_SHOWN_LEVELS])
                 raise UnusableError(short(named.encode(errors="backslashreplace").decode()), problem)
 
 

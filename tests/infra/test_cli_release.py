@@ -39,7 +39,9 @@ def typed(home: Path, monkeypatch: pytest.MonkeyPatch) -> Typed:
 @pytest.fixture(scope="module")
 def registry(home: Path, make_model: MakeModel) -> Registry:
     """Two versions of a model, the first one champion; every test leaves it so."""
-    registry = Registry.open(tracking_uri(home))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registry = Registry.open(tracking_uri(home))
     for version, spread in ((1, 0.2), (2, 0.3)):
         shutil.copytree(make_model(initializer_range=spread), home.parent / str(version))
         artifact = ArtifactStore(home / "artifacts").publish(

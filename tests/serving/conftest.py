@@ -18,6 +18,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from actors.text import make_contract
 from configs.schema.serving import ServingConfig
+from infra.deploy import Endpoint, serve_model, stop_serving
+from infra.local import quiet_environment, ray_session
+from infra.platform import free_ports
 from serving.calls import ServedModel
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
@@ -68,6 +71,17 @@ def served(folder: Path) -> ServedModel:
 def local_endpoint(folder: Path, **settings: Any) -> AbstractContextManager[str]:
     """A server on loopback over one replica in this process, without Ray; its URL."""
     return endpoint_of(folder, served(folder), **settings)
+
+
+@contextmanager
+def real_endpoint(folder: Path, home: Path, **settings: Any) -> Iterator[Endpoint]:
+    """The endpoint as users have it: HAProxy, ingress and replicas on an embedded Ray, state in `home`."""
+    quiet_environment()
+    (home / "logs").mkdir()
+    (port,) = free_ports(1)
+    with ray_session(home):
+        yield serve_model(served(folder), ServingConfig(port=port, precision="fp32", **settings), say=lambda _: None)
+        stop_serving()
 
 
 @contextmanager

@@ -288,3 +288,9 @@ def test_a_prompt_of_megabytes_leaves_the_others_their_turn(url: str) -> None:
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "context_length_exceeded")
     assert tokenized.json()["count"] > 50_000
     assert longest < 2
+
+
+def test_a_field_without_a_name_is_named_all_the_same() -> None:
+    with pytest.raises(ApiError) as refused:
+        read_request(CompletionRequest, b'{"model": "m", "prompt": "p", "": "\\ud800"}')
+    assert refused.value.refusal.param == '""'

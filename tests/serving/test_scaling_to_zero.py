@@ -10,25 +10,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from configs.schema.serving import ServingConfig
-from infra.deploy import Endpoint, serve_model, stop_serving
-from infra.local import quiet_environment, ray_session
-from infra.platform import free_ports
-from tests.serving.conftest import served
+from infra.deploy import Endpoint
+from tests.serving.conftest import real_endpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def endpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    quiet_environment()
     home = tmp_path_factory.mktemp("home")
-    (home / "logs").mkdir()
-    (port,) = free_ports(1)
-    config = ServingConfig(port=port, replicas_min=0, replicas_max=1, idle_seconds=3, precision="fp32")
-    with ray_session(home):
-        yield serve_model(served(model_folder), config, say=lambda _: None)
-        stop_serving()
+    with real_endpoint(model_folder, home, replicas_min=0, replicas_max=1, idle_seconds=3) as endpoint:
+        yield endpoint
 
 
 async def until_asleep(client: httpx.AsyncClient) -> None:

@@ -13,11 +13,8 @@ import pytest
 
 from benchmarks.serving_load import ask
 from benchmarks.serving_servers import serving_memory_bytes
-from configs.schema.serving import ServingConfig
-from infra.deploy import Endpoint, serve_model, stop_serving
-from infra.local import quiet_environment, ray_session
-from infra.platform import free_ports
-from tests.serving.conftest import served
+from infra.deploy import Endpoint
+from tests.serving.conftest import real_endpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -30,16 +27,10 @@ TIMES = 4
 
 @pytest.fixture(scope="module")
 def endpoint(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    quiet_environment()
     home = tmp_path_factory.mktemp("home")
-    (home / "logs").mkdir()
-    (port,) = free_ports(1)
-    config = ServingConfig(
-        port=port, replicas_max=1, max_sequences=SLOTS, max_queued=QUEUE, precision="fp32", first_token_seconds=60
-    )
-    with ray_session(home):
-        yield serve_model(served(model_folder), config, say=lambda _: None)
-        stop_serving()
+    settings = {"replicas_max": 1, "max_sequences": SLOTS, "max_queued": QUEUE, "first_token_seconds": 60}
+    with real_endpoint(model_folder, home, **settings) as endpoint:
+        yield endpoint
 
 
 class Crowd:

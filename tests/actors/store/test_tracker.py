@@ -71,6 +71,7 @@ def test_everything_logged_is_seen_in_mlflow(store, tmp_path):
     assert {t.key: t.value for t in dataset.tags} == {"mlflow.data.context": "training"}
     mlflow.set_tracking_uri(store[1])  # `load_table` looks there, whatever its client was given
     table = client.load_table(seen.info.experiment_id, "tables/answers.json", [seen.info.run_id])
+    mlflow.set_tracking_uri("")  # the environment of the process holds it too
     assert table.to_dict("list") == {"prompt": ["p1", "p2"], "answer": ["a1", "a2"]}
     sent = Path(client.download_artifacts(seen.info.run_id, "pictures/loss.png", str(tmp_path)))
     assert sent.read_bytes() == b"first"

@@ -106,7 +106,7 @@ def test_a_model_is_not_compared_with_itself():
 
 def test_a_report_survives_its_file(tmp_path):
     report = _report(old=(1.0, 2.0), new=(3.0, 4.0))
-    (tmp_path / "report.json").write_text(report.to_json())
+    report.save(tmp_path)
     assert Report.load(tmp_path) == report
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(CorruptArtifactError, match="no evaluation report"):

@@ -18,7 +18,8 @@ from configs.errors import ArtifactError, ConfigError
 from configs.schema.evaluation import TasksConfig
 from pipelines.evaluation import asking
 from pipelines.evaluation.pool import Pool
-from pipelines.evaluation.task_report import ANSWERS, PAGE, REPORT
+from pipelines.evaluation.stored_report import REPORT
+from pipelines.evaluation.task_report import ANSWERS, PAGE
 from pipelines.stage import Progress
 from pipelines.stages.tasks import TasksStage
 

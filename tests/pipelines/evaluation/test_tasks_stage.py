@@ -23,7 +23,8 @@ from pipelines.evaluation import endpoints
 from pipelines.evaluation.asking import read_rows
 from pipelines.evaluation.comparing import compare_reports
 from pipelines.evaluation.local_models import LocalModel, windows
-from pipelines.evaluation.task_report import ANSWERS, PAGE, REPORT, TasksReport
+from pipelines.evaluation.stored_report import REPORT
+from pipelines.evaluation.task_report import ANSWERS, PAGE, TasksReport
 from pipelines.stage import Progress
 from pipelines.stages.tasks import TasksStage
 
