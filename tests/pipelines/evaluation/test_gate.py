@@ -109,7 +109,7 @@ def test_a_report_survives_its_file(tmp_path):
     report.save(tmp_path)
     assert Report.load(tmp_path) == report
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(CorruptArtifactError, match="no evaluation report"):
+    with pytest.raises(CorruptArtifactError, match="no report by a stage of kind evaluate"):
         Report.load(tmp_path)
 
 
