@@ -32,7 +32,7 @@ class FinetuneStage:
 
     kind: ClassVar[str] = "finetune"
     artifact_kind: ClassVar[str | None] = "model"
-    code_version: ClassVar[int] = 3
+    code_version: ClassVar[int] = 4
 
     def sources(self, config: FinetuneConfig) -> Mapping[str, str]:
         """Digest of the folder that training starts from, where there is one."""

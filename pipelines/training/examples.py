@@ -15,7 +15,9 @@ from typing import Any, Self
 import numpy as np
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
+from actors.text import CONTRACT, make_contract
 from configs.errors import ContractError, DataError
 from configs.schema.examples import Task
 from pipelines.training.labelled import IGNORED, Ints
@@ -112,6 +114,27 @@ class Framing:
         first = [] if self.begin is None else [self.begin]
         room = limit - len(first) - 1
         return [*first, *ids[:room], self.end], len(ids) > room
+
+    def write(self, folder: Path) -> None:
+        """Makes the tokenizer in `folder` put these tokens around texts by itself, and the contract beside it say so.
+
+        One that has a post-processor puts its own. So what a model was trained to read is what everybody gives it.
+        """
+        path = folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(path))
+        if tokenizer.post_processor is not None:
+            return
+        used = {token: tokenizer.id_to_token(token) for token in (self.begin, self.end) if token is not None}
+        first = "" if self.begin is None else f"{used[self.begin]} "
+        last = used[self.end]
+        tokenizer.post_processor = TemplateProcessing(
+            single=f"{first}$A {last}",
+            pair=f"{first}$A {last} $B {last}",
+            special_tokens=[(name, token) for token, name in used.items()],
+        )
+        tokenizer.save(str(path))
+        if (folder / CONTRACT).exists():
+            (folder / CONTRACT).write_text(make_contract(folder).model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def encode_examples(

@@ -20,6 +20,7 @@ from pipelines.training.adapters import ADAPTER, Adapters
 from pipelines.training.card import Card
 from pipelines.training.checkpoint import Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
+from pipelines.training.examples import Framing
 from pipelines.training.loop import AVERAGE
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
 from pipelines.training.models import Head, parameter_count, save_model, set_generation, trained_count, window
@@ -47,6 +48,8 @@ class Publication:
     pad_token_id: int
     facts: Mapping[str, str]
     """Lines of the card beside those every model has."""
+    framing: Framing | None = None
+    """What stands around every text that the model reads; None for models of running text."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def write_model(
     for name in _TEXT_FILES:
         if (publication.text_from / name).exists():
             shutil.copyfile(publication.text_from / name, context.out / name)
+    if publication.framing is not None:
+        publication.framing.write(context.out)
     lines = [line for line in read_metrics(context.work / FILE) if "step" in line]
     draw_curve(lines, context.out / "loss.png", title=publication.title)
     curve = [{name: value for name, value in line.items() if name not in _TIMED} for line in lines]

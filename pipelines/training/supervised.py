@@ -81,6 +81,7 @@ def train_on_examples(
         eos_token_ids={framing.end, *text.eos_token_ids},
         pad_token_id=pad,
         facts={**start.facts(), **_facts(data, rows, labels)},
+        framing=framing,
     )
     score = functools.partial(_score_writing, config, data, rows, text, pad, context)
     summary = write_model(

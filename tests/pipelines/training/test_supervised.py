@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer, pipeline
 
 from actors.store.artifacts import ArtifactStore
 from actors.store.tracker import NoTracker
@@ -87,18 +87,25 @@ def train(world: Path, work: Path, start: Start, task: Any) -> tuple[dict[str, A
     failure = read_failure(work)
     if failure is not None:
         raise failure
-    return publish(job, world, task), work / "out"
+    return publish(job, world, task, framing), work / "out"
 
 
-def publish(job: Task, text_from: Path, head: Head) -> dict[str, Any]:
+def publish(job: Task, text_from: Path, head: Head, framing: Framing | None = None) -> dict[str, Any]:
     (job.work / "out").mkdir()
     context = StageContext(
         name="finetune", work=job.work, out=job.work / "out", run=NoTracker().run("k", "n"),
         progress=lambda progress: None, check_lease=lambda: None, store=ArtifactStore(job.work / "store"),
         home=job.work, acted={},
     )  # fmt: skip
-    publication = Publication("Tiny", head, text_from, eos_token_ids=(0,), pad_token_id=0, facts={})
+    publication = Publication("Tiny", head, text_from, eos_token_ids=(0,), pad_token_id=0, facts={}, framing=framing)
     return write_model(publication, job.assemble()[0], job.config, context)
+
+
+def served_ids(folder: Path, text: str) -> list[int]:
+    """What engine and endpoint read, which is what `transformers` reads."""
+    ids = list(Text.load(folder).encode_input(text).token_ids)
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == ids
+    return ids
 
 
 def test_a_classifier_opens_in_transformers_and_gives_the_names_of_its_classes(world: Path, tmp_path: Path) -> None:
@@ -115,6 +122,7 @@ def test_a_classifier_opens_in_transformers_and_gives_the_names_of_its_classes(w
     framing = Framing.load(out, classified=True)
     for record in EXAMPLES["classify"][:4]:
         ids, _ = framing.frame(framing.encode(record["text"]), 32)
+        assert served_ids(out, record["text"]) == ids
         with torch.no_grad():
             best = int(model(input_ids=torch.tensor([ids])).logits.argmax())
         assert model.config.id2label[best] == record["label"]
@@ -132,6 +140,7 @@ def test_a_model_that_writes_texts_writes_each_for_its_own_source(world: Path, t
     text, framing = Text.load(out), Framing.load(out, classified=False)
     prompts = ["say good", "say bad", "say good"]
     sources = [framing.frame(framing.encode(prompt), 32)[0] for prompt in prompts]
+    assert [served_ids(out, prompt) for prompt in prompts] == sources
     ids = write_texts(load_model(out, "seq2seq"), sources, pad=0, max_new_tokens=8, progress=lambda done: None)
     written = [text.decode(line) for line in ids]
     assert written == ["good", "bad", "good"]
