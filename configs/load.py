@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from configs.errors import ConfigError
 from configs.schema.project import Recipe
-from configs.schema.prompting import PromptTemplate
+from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate
 from configs.schema.tasks import Task
 
 _RECIPES, _TASKS, _TEMPLATES = "recipes", "tasks", "templates"
@@ -71,12 +71,16 @@ def load_task(name_or_path: str) -> Task:
     return _validated(Task, data, name_or_path, "correct the task's file")
 
 
-def load_template(name_or_path: str) -> PromptTemplate:
+def load_template(name_or_path: str, task: Task | None = None) -> PromptTemplate:
     """The prompt template called `name_or_path`: a packaged one by name, any other by its path. Its name is the file's.
+
+    `task` is the name of the one that the task at hand holds, where there is one.
 
     Raises:
         ConfigError: there is no such template, it is not YAML, or a value is not allowed.
     """
+    if task is not None and name_or_path == TASK_TEMPLATE:
+        return PromptTemplate.of_task(TASK_TEMPLATE, task)
     data = {"name": Path(name_or_path).stem, **_mapping(name_or_path, _TEMPLATES, "keys prompt ...")}
     return _validated(PromptTemplate, data, name_or_path, "correct the template's file")
 

@@ -17,6 +17,7 @@ _PLACES: Final[dict[str, tuple[str, str]]] = {
     "corpus": ("pipelines.stages.corpus", "CorpusStage"),
     "instructions": ("pipelines.stages.instructions", "InstructionsStage"),
     "examples": ("pipelines.stages.examples", "ExamplesStage"),
+    "prompts": ("pipelines.stages.prompts", "PromptsStage"),
     "baseline": ("pipelines.stages.baseline", "BaselineStage"),
     "pretrain": ("pipelines.stages.pretrain", "PretrainStage"),
     "finetune": ("pipelines.stages.finetune", "FinetuneStage"),

@@ -11,7 +11,7 @@ from configs.schema.comparison import CompareConfig
 from configs.schema.corpus import CorpusConfig, InstructionsConfig, TokenizerConfig
 from configs.schema.evaluation import EvaluateConfig, JudgeConfig, RegisterConfig, TasksConfig
 from configs.schema.examples import BaselineConfig, ExamplesConfig
-from configs.schema.prompting import SweepConfig
+from configs.schema.prompting import PromptsConfig, SweepConfig
 from configs.schema.serving import DeployConfig
 from configs.schema.training import FinetuneConfig, PretrainConfig
 
@@ -22,6 +22,7 @@ StageConfig = Annotated[
     | CorpusConfig
     | InstructionsConfig
     | ExamplesConfig
+    | PromptsConfig
     | BaselineConfig
     | PretrainConfig
     | FinetuneConfig

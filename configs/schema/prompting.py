@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from configs.artifacts import hash_json
 from configs.schema.base import Config, InputMarker, placement
+from configs.schema.corpus import SplitConfig
 from configs.schema.model import is_folder
 from configs.schema.tasks import Task, fields_of
 
@@ -123,6 +124,23 @@ class Drawing(Config):
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Model = Annotated[str, InputMarker(unless=is_folder), Field(min_length=1)]
 """A stage, an artifact, or a folder that begins with `/`, `.` or `~`."""
+
+
+class PromptsConfig(Config):
+    """Stage `prompts`: the training split of a task as a template asks it, each item with its answer.
+
+    A dataset for `finetune` with `task: pairs`; what is scored is left out of it.
+    """
+
+    kind: Literal["prompts"] = "prompts"
+    task: str = placement(...)
+    """A packaged task by name, any other by the path of its file. It has `data.train`."""
+    template: str = placement(TASK_TEMPLATE)
+    """A packaged template by name, another by path; `task` is what the task's own file says."""
+    chat: bool = False
+    """Whether lines are conversations, for `finetune` with `chat: true`; otherwise texts, for `chat: false`."""
+    split: SplitConfig = SplitConfig()
+    """Which of them are held out of training."""
 
 
 class SweepConfig(Config):

@@ -131,8 +131,8 @@ class PretrainConfig(Config):
 class FinetuneConfig(Config):
     """Stage `finetune`: supervised training on a dataset.
 
-    `pairs`: prompt/completion pairs rendered as conversations, loss on the completion only. `classify`, `tag` and
-    `seq2seq`: datasets of stage `examples` of the same task.
+    `pairs`: prompts and completions of stage `instructions` or `prompts`, loss on the completion only. `classify`,
+    `tag` and `seq2seq`: datasets of stage `examples` of the same task.
     """
 
     kind: Literal["finetune"] = "finetune"
@@ -144,6 +144,8 @@ class FinetuneConfig(Config):
     training: TrainingConfig
     lora: LoraConfig | None = None
     """Train adapters instead of the whole model, with AdamW whatever `training.optim.name` says."""
+    chat: bool = True
+    """Whether `pairs` are rendered as conversations; otherwise a completion follows its prompt as text."""
     generated_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest text that a `seq2seq` model writes when it is scored at the end."""
 

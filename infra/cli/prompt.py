@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from infra.cli.files import write_file
 from infra.cli.models import MODEL_HELP, find_model_folder
 from infra.cli.output import Debug, Json, Tracker, print_json, print_table, say
 from infra.local import route_logs, state_home
@@ -128,44 +127,6 @@ def register(template: Template, as_json: Json = False, debug: Debug = False) ->
         return
     typer.echo(found.uri)
     say(f"version {found.version}, digest {found.digest}" + ("" if found.new else ", stood already"))
-
-
-@app.command()
-def write(
-    template: Template,
-    task: Task,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="JSON lines are written here.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Writes a task's training split as a template asks it, each item with its answer, to train a decoder on.
-
-    Each line has `text`, and apart `prompt` and `completion`. Items whose content is scored are left out, so are
-    repetitions. A corpus of format jsonl reads the file, and a pretrain stage goes on with it from a model that stands.
-
-    Example: ganymede prompt write sentiment-question --task sst2 --out sentiment.jsonl
-    """
-    home = _begin()
-    import json
-
-    from configs.load import load_task
-    from configs.prompts import render_answer, render_completion
-    from pipelines.evaluation.items import load_items
-    from pipelines.prompting.examples import Pool
-
-    asked = load_task(task)
-    read = _find(template, home, asked)
-    pool = Pool.of(load_items(asked, "train"), load_items(asked))
-    lines = []
-    for one in pool.items:
-        prompt, completion = render_completion(read, one.fields), render_answer(read, one.answer)
-        record = {"id": one.id, "text": prompt + completion, "prompt": prompt, "completion": completion}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    write_file(out, "".join(lines).encode())
-    if as_json:
-        print_json({"file": str(out), "examples": len(lines), "left_out": pool.left_out, "version": read.digest})
-        return
-    say(f"{len(lines):,} examples; {pool.left_out:,} left out, as they are scored or come again")
 
 
 @app.command()
@@ -296,13 +257,10 @@ def _begin() -> Path:
 def _find(template: str, home: Path, task: TaskFile | None = None) -> PromptTemplate:
     """`task` is the template of the task at hand, where there is one."""
     from configs.load import load_template
-    from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate
 
-    if template == TASK_TEMPLATE and task is not None:
-        return PromptTemplate.of_task(TASK_TEMPLATE, task)
     if template.startswith("prompts:/"):
         from actors.store.tracker import tracking_uri
         from pipelines.prompting.registration import fetch_prompt
 
         return fetch_prompt(template, tracking_uri(home))
-    return load_template(template)
+    return load_template(template, task)

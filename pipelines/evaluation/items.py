@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
+from configs.artifacts import hash_json
 from configs.errors import DataError
 from configs.schema.corpus import SourceConfig
 from configs.schema.tasks import Split, Task, TaskData, fill, look_up
@@ -53,12 +54,17 @@ class Item:
         return self.references[0]
 
 
-def split_digest(data: TaskData, split: SplitName) -> str:
-    """Digest of what a split's files hold.
+def task_digest(task: Task, *splits: SplitName) -> str:
+    """Digest of everything that decides what is asked and how it is scored; not of where the data is.
 
     Raises:
-        DataError: they are not there.
+        DataError: the files of one of `splits` are not there.
     """
+    content = task.model_dump(mode="json", exclude={"data": {"evaluation": {"path"}, "train": {"path"}, "get": True}})
+    return hash_json([content, [_split_digest(task.data, split) for split in splits]])
+
+
+def _split_digest(data: TaskData, split: SplitName) -> str:
     digests = {name: _listing(data, source).digest for name, source in _sources(data, split).items()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
@@ -90,6 +96,11 @@ def load_items(task: Task, split: SplitName = "evaluation") -> list[Item]:
             allowed="at least one", next_step="correct data.between, data.share or the path",
         )  # fmt: skip
     return items
+
+
+def longest_text(item: Item) -> str:
+    """The longest text of an item's record: what it is known by among training examples."""
+    return max((value for value in item.fields.values() if isinstance(value, str)), key=len, default="")
 
 
 def full_prompt(task: Task, item: Item, examples: Sequence[Item] = ()) -> str:

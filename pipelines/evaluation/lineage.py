@@ -16,7 +16,7 @@ from configs.artifacts import Manifest, Ref
 from configs.errors import ArtifactError, DataError
 from pipelines.corpus.contamination import HELD_OUT, held_out_pairs, set_digest
 from pipelines.corpus.shards import CorpusIndex
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import Item, longest_text
 
 _REPEATED = 0.01
 
@@ -86,8 +86,7 @@ def check_items(label: str, model: Artifact, store: ArtifactStore, task: str, it
         DataError: the model learned from the set.
     """
     found: dict[str, str] = {}
-    strings = [[value for value in item.fields.values() if isinstance(value, str)] for item in items]
-    texts = [_normal(max(own, key=len, default="")) for own in strings]
+    texts = [_normal(longest_text(item)) for item in items]
     for ref, _, manifest in ancestors([model.manifest], store):
         if Ref.parse(ref).kind != "dataset":
             continue

@@ -55,22 +55,23 @@ class FinetuneStage:
 
 
 def _finetune_on_pairs(config: FinetuneConfig, start: Start, data: Artifact, context: StageContext) -> dict[str, Any]:
-    """Renders the pairs with the base model's chat template, trains on them, and writes the new model.
+    """Renders the pairs for the base model, trains on them, and writes the new model.
 
     Raises:
-        ContractError: the base model has no chat template, or no token that ends a text.
+        ContractError: the base model has no token that ends a text, or, for conversations, no chat template.
     """
     base = start.folder
     if base is None:
         raise ConfigError("task pairs needs a model that stands", next_step="give model.from")
     text = Text.load(base)
-    if not text.has_chat_template or not text.eos_token_ids:
+    if not text.eos_token_ids or (config.chat and not text.has_chat_template):
+        lacks = "a chat template" if text.eos_token_ids else "a token that ends texts"
         raise ContractError(
-            f"{config.model.start} cannot be fine-tuned on conversations: it lacks a chat template or an end token",
-            allowed="a model whose tokenizer has both",
+            f"{config.model.start} cannot be fine-tuned on these pairs: its tokenizer lacks {lacks}",
+            allowed="a model whose tokenizer has it" + (", or chat: false" if text.eos_token_ids else ""),
         )
     rows = context.work.absolute() / "rows"
-    left_out = _render(data, rows, text, context_length(base))
+    left_out = _render(data, rows, text, row_tokens=context_length(base), chat=config.chat)
     _log_lineage(data, rows, context)
     assemble = functools.partial(assemble_finetuning, base, rows, config)
     skeleton = start.skeleton("causal", vocab_size=text.vocab_size, eos_token_id=min(text.eos_token_ids))
@@ -114,12 +115,11 @@ def finetuned_model(base: Path, config: FinetuneConfig) -> tuple[nn.Module, Adap
     return model, Adapters.attach(model, config.lora, head="causal", seed=config.training.seed)
 
 
-def _render(data: Artifact, rows: Path, text: Text, row_tokens: int) -> int:
+def _render(data: Artifact, rows: Path, text: Text, **options: Any) -> int:
     """Renders both splits; how many pairs were too long."""
     rows.mkdir(exist_ok=True)
     return sum(
-        render_pairs(data.path / f"{split}.jsonl", rows / f"{split}.safetensors", text, row_tokens=row_tokens)
-        for split in _SPLITS
+        render_pairs(data.path / f"{split}.jsonl", rows / f"{split}.safetensors", text, **options) for split in _SPLITS
     )
 
 

@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 from actors.engine.engine import Engine
 from actors.engine.loading import runner_kind
 from actors.store.artifacts import Artifact
-from configs.artifacts import hash_json
 from configs.errors import ConfigError
 from configs.load import load_task, load_template
 from configs.schema.model import is_folder
-from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate, SweepConfig
+from configs.schema.prompting import PromptTemplate, SweepConfig
 from configs.schema.tasks import Task
 from pipelines.evaluation.asking import ask, in_turn
-from pipelines.evaluation.items import Item, SplitName, load_items, split_digest
+from pipelines.evaluation.items import Item, SplitName, load_items, task_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.resampling import compare, estimate
@@ -83,10 +82,7 @@ class SweepStage:
             ArtifactError: a folder holds no model.
         """
         task = load_task(config.task)
-        written = task.model_dump(
-            mode="json", exclude={"data": {"evaluation": {"path"}, "train": {"path"}, "get": True}}
-        )
-        found = {"task": hash_json([written, [split_digest(task.data, split) for split in _splits(config)]])}
+        found = {"task": task_digest(task, *_splits(config))}
         found |= {f"templates.{t.name}": t.digest for t in _templates(config, task).values()}
         named = {f"models.{label}": model for label, model in config.models.items()}
         named |= {f"references.{label}": model for label, model in config.references.items()}
@@ -157,8 +153,7 @@ def _templates(config: SweepConfig, task: Task) -> dict[str, PromptTemplate]:
     """By name. Raises `ConfigError` if two files give one name."""
     found: dict[str, PromptTemplate] = {}
     for reference in config.templates:
-        own = reference == TASK_TEMPLATE
-        template = PromptTemplate.of_task(TASK_TEMPLATE, task) if own else load_template(reference)
+        template = load_template(reference, task)
         if template.name in found:
             raise ConfigError("templates: two have one name", received=template.name, allowed="names of their own")
         found[template.name] = template

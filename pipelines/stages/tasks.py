@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from actors.store.artifacts import Artifact
-from configs.artifacts import hash_json
 from configs.errors import ConfigError, DataError
 from configs.load import load_task
 from configs.schema.evaluation import TasksConfig, is_endpoint, stands_alone
 from configs.schema.tasks import Task
 from pipelines.evaluation.asking import AskGroups, Row, ask, in_turn, write_rows
 from pipelines.evaluation.endpoints import Endpoint
-from pipelines.evaluation.items import Item, load_items, split_digest
+from pipelines.evaluation.items import Item, SplitName, load_items, task_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.page import render
@@ -64,7 +63,7 @@ class TasksStage:
             DataError: a task's data is not there.
             EngineError: an endpoint does not answer.
         """
-        found = {f"tasks.{name}": _digest(task, config) for name, task in _tasks(config).items()}
+        found = {f"tasks.{name}": task_digest(task, *_splits(config)) for name, task in _tasks(config).items()}
         for label, model in config.models.items():
             if is_endpoint(model):
                 found[f"models.{label}"] = str(_endpoint(model, config).facts()["digest"])
@@ -119,13 +118,9 @@ def _tasks(config: TasksConfig) -> dict[str, Task]:
     return found
 
 
-def _digest(task: Task, config: TasksConfig) -> str:
-    """Of everything that decides what is asked and how it is scored; not where the data is."""
-    content = task.model_dump(mode="json", exclude={"data": {"evaluation": {"path"}, "train": {"path"}, "get": True}})
-    digests = [split_digest(task.data, "evaluation")]
-    if config.shots:
-        digests.append(split_digest(task.data, "train"))
-    return hash_json([content, digests])
+def _splits(config: TasksConfig) -> tuple[SplitName, ...]:
+    """The parts of the data that are read."""
+    return ("evaluation", "train") if config.shots else ("evaluation",)
 
 
 def _asked(task: Task, config: TasksConfig) -> _Asked:
@@ -135,10 +130,10 @@ def _asked(task: Task, config: TasksConfig) -> _Asked:
         first = {item.id for item in sorted(everything, key=lambda item: item.id)[: config.limit]}
         items = [item for item in everything if item.id in first]
     examples = _examples(task, everything, config)
+    digest = task_digest(task, *_splits(config))
     facts = task_facts(
-        task, _digest(task, config), items=len(everything), asked=len(items), examples=[e.id for e in examples],
-        chat=config.chat,
-    )  # fmt: skip
+        task, digest, items=len(everything), asked=len(items), examples=[e.id for e in examples], chat=config.chat
+    )
     return _Asked(task, facts, items, examples)
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from actors.text import Text
 from configs.errors import ContractError, DataError
+from configs.prompts import Message
 
 
 class PairRows:
@@ -55,26 +56,36 @@ class PairRows:
         return self._text_bytes / self.targets
 
 
-def render_pairs(source: Path, target: Path, text: Text, *, row_tokens: int) -> int:
-    """Renders the pairs of the JSON lines in `source` through the chat template into `target`.
+def render_pairs(source: Path, target: Path, text: Text, *, row_tokens: int, chat: bool = True) -> int:
+    """Renders the pairs of the JSON lines in `source` into `target`.
+
+    With `chat` they go through the chat template; without, a prompt is followed by its completion and the token that
+    ends texts. A line holds `prompt` and `completion`, or `messages`, the last of which is the completion.
 
     Returns how many pairs were left out because they are longer than `row_tokens` + 1 tokens.
 
     Raises:
         DataError: a line is no pair, or no pair fits.
-        ContractError: the chat template rewrites a prompt once it is answered.
+        ContractError: a prompt's tokens are others once the completion follows.
     """
     rows: list[list[int]] = []
     prompts: list[int] = []
     left_out = text_bytes = 0
-    for prompt, completion in _read(source):
-        question = [{"role": "user", "content": prompt}]
-        before = text.render_chat(question)
-        whole = text.render_chat([*question, {"role": "assistant", "content": completion}], add_generation_prompt=False)
+    for question, completion in _read(source, chat=chat):
+        if isinstance(question, str):
+            before = text.encode(question)
+            whole = [*text.encode(question + completion), min(text.eos_token_ids)]
+        else:
+            answer = {"role": "assistant", "content": completion}
+            before = text.render_chat(question)
+            whole = text.render_chat([*question, answer], add_generation_prompt=False)
         if whole[: len(before)] != before or len(whole) == len(before):
             raise ContractError(
-                "the chat template does not keep a prompt as it was once the answer follows",
-                allowed="a template whose rendered conversation begins with its rendered prompt",
+                "a prompt's tokens do not stay as they were once the answer follows",
+                received=f"{question!r}, then {completion!r}",
+                allowed="a chat template whose rendered conversation begins with its rendered prompt"
+                if chat
+                else "prompts that end where a token ends, and completions that begin with a blank or a line",
             )
         if len(whole) > row_tokens + 1:
             left_out += 1
@@ -100,15 +111,23 @@ def render_pairs(source: Path, target: Path, text: Text, *, row_tokens: int) -> 
     return left_out
 
 
-def _read(source: Path) -> Iterator[tuple[str, str]]:
+def _read(source: Path, *, chat: bool) -> Iterator[tuple[str | list[Message], str]]:
+    """Prompts and completions; with `chat`, prompts are conversations."""
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 pair = json.loads(line)
-                prompt, completion = pair["prompt"], pair["completion"]
+                if chat and "messages" in pair:
+                    *question, answer = pair["messages"]
+                    if not question or answer["role"] != "assistant":
+                        raise ValueError("its last message is not an assistant's answer")
+                    yield question, answer["content"]
+                else:
+                    prompt, completion = pair["prompt"], pair["completion"]
+                    yield [{"role": "user", "content": prompt}] if chat else prompt, completion
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
                     f"{source}, line {number}, is no pair: {error!r}",
-                    allowed='a JSON object with "prompt" and "completion"',
+                    allowed='a JSON object with "prompt" and "completion"'
+                    + (', or "messages" of which the last is the assistant\'s' if chat else ""),
                 ) from error
-            yield prompt, completion

@@ -58,18 +58,6 @@ def test_show_prints_a_prompt_with_its_examples(ganymede: Ganymede, task: str, t
     assert chat.stdout == "user: Judge.\n\nit dumps?\n"
 
 
-def test_write_makes_a_training_set_without_what_is_scored(ganymede: Ganymede, task: str, tmp_path: Path) -> None:
-    out = tmp_path / "train.jsonl"
-    done = json.loads(
-        ganymede("prompt", "write", str(tmp_path / "mine.yaml"), "--task", task, "--out", str(out), "--json").stdout
-    )
-    assert (done["examples"], done["left_out"]) == (12, 1)
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert lines[1]["text"] == "Judge.\n\nobject 1? good"
-    assert lines[1]["text"] == lines[1]["prompt"] + lines[1]["completion"]
-    assert not any("fails" in line["text"].casefold() for line in lines)
-
-
 @pytest.mark.slow
 def test_sweep_ends_with_a_recommendation_and_is_reused(
     ganymede: Ganymede, task: str, make_model: MakeModel, tmp_path: Path

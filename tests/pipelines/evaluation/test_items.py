@@ -15,7 +15,7 @@ import yaml
 
 from configs.errors import ConfigError, DataError
 from configs.load import load_task, packaged_tasks
-from pipelines.evaluation.items import Item, full_prompt, load_items, split_digest
+from pipelines.evaluation.items import Item, full_prompt, load_items, task_digest
 
 DATA = Path(os.environ.get("GANYMEDE_DATA", "../shared/data")).absolute()
 
@@ -165,13 +165,13 @@ def test_a_wrong_task_is_told_in_the_words_of_its_file(tmp_path: Path, change: d
     assert "--set" not in str(error.value)
 
 
-def test_the_digest_of_a_split_is_that_of_its_content(tmp_path: Path) -> None:
+def test_the_digest_of_a_task_is_that_of_its_content_and_not_of_its_place(tmp_path: Path) -> None:
     digests = []
     for place, text in (("a", "x\n"), ("b", "x\n"), ("c", "y\n")):
         (tmp_path / place).mkdir()
         (tmp_path / place / "t.jsonl").write_text(f'{{"text": "{text.strip()}"}}\n')
         items(tmp_path, generation(tmp_path / place / "t.jsonl", "jsonl", answer="{text}"))
-        digests.append(split_digest(load_task(str(tmp_path / "task.yaml")).data, "evaluation"))
+        digests.append(task_digest(load_task(str(tmp_path / "task.yaml")), "evaluation"))
     assert digests[0] == digests[1] != digests[2]
 
 

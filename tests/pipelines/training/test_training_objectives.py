@@ -6,13 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from actors.text import Text
-from configs.errors import ConfigError, DataError
+from configs.errors import ConfigError, ContractError, DataError
 from configs.schema.model import ModelConfig
 from configs.schema.training import TrainingConfig
 from pipelines.corpus.tokenizer import END_OF_TURN, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
@@ -132,6 +133,35 @@ def test_every_pair_comes_once_an_epoch_whatever_the_number_of_ranks(pairs: Pair
     assert seen(0, 1) == seen(0, 2) == seen(0, 3)
     assert set(seen(0, 1).values()) == {2}
     assert len(seen(3, 2)) == 3
+
+
+def test_pairs_become_texts_or_conversations_as_asked(text: Text, tmp_path: Path) -> None:
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1"}]
+    answer = {"role": "assistant", "content": "radius"}
+    plain, said = {"prompt": "def area(", "completion": " radius):"}, {"messages": [*turns, answer]}
+
+    def rendered(record: dict[str, Any], *, chat: bool) -> tuple[list[int], int]:
+        (tmp_path / "one.jsonl").write_text(json.dumps(record) + "\n")
+        assert render_pairs(tmp_path / "one.jsonl", tmp_path / "rows", text, row_tokens=64, chat=chat) == 0
+        row, prompt = PairRows.open(tmp_path / "rows")[0]
+        return row.tolist(), prompt
+
+    end = min(text.eos_token_ids)
+    assert rendered(plain, chat=False) == ([*text.encode("def area( radius):"), end], len(text.encode("def area(")))
+    user = [{"role": "user", "content": plain["prompt"]}]
+    assert rendered(plain, chat=True)[1] == len(text.render_chat(user))
+    row, prompt = rendered(said, chat=True)
+    assert row[:prompt] == text.render_chat(turns)
+    assert row == text.render_chat([*turns, answer], add_generation_prompt=False)
+    for record, chat in ((said, False), ({"messages": turns}, True), ({"messages": [answer]}, True)):
+        with pytest.raises(DataError, match="line 1, is no pair"):
+            rendered(record, chat=chat)
+
+
+def test_a_completion_that_changes_its_prompts_tokens_is_refused(text: Text, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "ret", "completion": "urn"}) + "\n")
+    with pytest.raises(ContractError, match="do not stay as they were"):
+        render_pairs(tmp_path / "one.jsonl", tmp_path / "rows", text, row_tokens=64, chat=False)
 
 
 def test_a_line_that_is_no_pair_is_named(text: Text, tmp_path: Path) -> None:
