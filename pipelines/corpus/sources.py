@@ -162,8 +162,9 @@ def list_source(config: SourceConfig) -> Listing:
     try:
         filesystem, root, names = _find(config)
     except OSError as error:
+        said = " ".join(str(error).split())  # the hub's errors have several lines
         raise StorageError(
-            f"source.path {config.path} cannot be reached: {error}", next_step="check the address and the credentials"
+            f"source.path {config.path} cannot be reached: {said}", next_step="check the address and the credentials"
         ) from error
     files: list[SourceFile] = []
     unreadable: list[Rejected] = []
