@@ -55,7 +55,7 @@ class EngineReplica:
         self._context_length: int = engine.context_length
         self._watch = Watch(
             engine,
-            capacity_tokens=_cache_tokens(engine, config),
+            capacity_tokens=0 if isinstance(engine, EncoderEngine) else engine.cache_tokens,
             queue_limit_seconds=config.queue_limit_seconds,
         )
         self._step_limit_seconds = config.step_limit_seconds
@@ -173,13 +173,6 @@ class EngineReplica:
 
 def _encode_input(text: Any, prompt: str) -> tuple[int, ...]:
     return tuple(text.encode_input(prompt).token_ids)
-
-
-def _cache_tokens(engine: Any, config: ServingConfig) -> int:
-    """Tokens whose keys and values the engine can hold: a window for each sequence, as it is loaded here."""
-    from actors.engine.encoder import EncoderEngine
-
-    return 0 if isinstance(engine, EncoderEngine) else int(engine.context_length) * config.max_sequences
 
 
 def _load(folder: Path, config: ServingConfig) -> Any:

@@ -49,6 +49,11 @@ class KVCache:
             ) from error
         self.arrange(rows=1, width=capacity)
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self._store.nbytes
+
     def arrange(self, *, rows: int, width: int) -> None:
         """Sees the memory as rows of `width` positions, whatever it holds."""
         shape = (len(self._store), 2, rows, self._kv_heads, width, self._head_dim)

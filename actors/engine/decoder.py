@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
@@ -205,6 +204,8 @@ def _rotations(config: Any, shape: Shape, device: torch.device) -> torch.Tensor:
         exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
         frequencies, scale = config.rope_parameters["rope_theta"] ** -exponents, 1.0
     else:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     angles = torch.arange(shape.context, dtype=torch.float32)[:, None] * frequencies
     return torch.polar(torch.full_like(angles, scale), angles).to(device)

@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from actors.engine.batching import LengthQueue
 from actors.engine.encodings import (
@@ -45,9 +44,9 @@ from configs.errors import ArtifactError, EngineError, OverloadedError, RequestE
 MODEL_TYPES = ("bert", "distilbert", "modernbert", "roberta", "xlm-roberta")
 """What is run by this module: encoders whose results were compared with the plain forward pass."""
 
-_TASKS: dict[str, tuple[Task, Any]] = {
-    "ForSequenceClassification": ("classify", AutoModelForSequenceClassification),
-    "ForTokenClassification": ("tag", AutoModelForTokenClassification),
+_TASKS: dict[str, tuple[Task, str]] = {
+    "ForSequenceClassification": ("classify", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("tag", "AutoModelForTokenClassification"),
 }
 """By the end of an architecture's name; any other embeds."""
 
@@ -110,12 +109,14 @@ class EncoderEngine:
         check_vocabulary(folder, text.vocab_size, config)
         architecture = (config.architectures or [""])[0]
         task, auto_class = next(
-            (found for end, found in _TASKS.items() if architecture.endswith(end)), ("embed", AutoModel)
+            (found for end, found in _TASKS.items() if architecture.endswith(end)), ("embed", "AutoModel")
         )
         # Embeddings do not pass through the pooler, which checkpoints of masked language models do not have.
         optional = ("pooler.",) if task == "embed" else ()
         dtype, where = placement(precision, device)
-        model = load_modules(folder, auto_class, dtype=dtype, device=where, optional=optional)
+        import transformers
+
+        model = load_modules(folder, getattr(transformers, auto_class), dtype=dtype, device=where, optional=optional)
         pack(model)
         pooling = _read_pooling(folder)
         return cls(model, text, task=task, pooling=pooling, batch_tokens=batch_tokens, max_queued=max_queued)

@@ -36,6 +36,8 @@ _MIXED_PREFILL_TOKENS = 10
 rows do, plus its rows: `kernels.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
 for 256 on one AVX2 core. The scheduler's share of 1.5 times that is the delay of one and a half steps."""
 
+_CPU_CACHE_BYTES = 4 << 30
+
 _SCORE_TOKENS = 2048
 """Tokens scored at once: bounds the logits held, 32 MB for a vocabulary of 4096."""
 
@@ -54,8 +56,10 @@ class Engine:
         prefill_tokens: int,
         mixed_prefill_tokens: int,
     ) -> None:
-        capacity = decoder.context * max_sequences if cache_tokens is None else cache_tokens
+        capacity = _capacity(decoder, max_sequences) if cache_tokens is None else cache_tokens
         self.text = text
+        self.cache_tokens = capacity
+        """Tokens whose keys and values are held."""
         self.context_length = min(decoder.context, capacity)
         """Most tokens of a request, prompt and completion together."""
         self.structures = Structures(text)
@@ -89,6 +93,7 @@ class Engine:
         cache_tokens: int | None = None,
         max_queued: int = 128,
         prefill_tokens: int = 256,
+        mixed_prefill_tokens: int | None = None,
         precision: Precision = "auto",
         device: str = "auto",
         decoder: DecoderChoice = "auto",
@@ -99,11 +104,12 @@ class Engine:
             folder: `config.json`, safetensors weights and tokenizer files.
             max_sequences: sequences decoded together.
             cache_tokens: tokens whose keys and values are held, of all sequences together; bounds the memory. When
-                it is full, the youngest sequences wait and are run again. The model's context window for each
-                sequence unless set; if less than one window, no request can be longer.
+                it is full, the youngest sequences wait and are run again. If it is less than a context window, no
+                request can be longer. Unless set, a window for each sequence, on a CPU as many as 4 GiB hold.
             max_queued: requests that may wait before `submit` refuses.
-            prefill_tokens: prompt tokens run in one step at most; on a CPU fewer while sequences decode, so that a
-                long prompt delays none of their tokens by more than the time of two steps.
+            prefill_tokens: prompt tokens run in one step at most.
+            mixed_prefill_tokens: the same beside sequences that decode. Unless set, on a CPU so few that a long
+                prompt delays none of their tokens by more than the time of two steps, elsewhere as many.
             precision: `auto` is bf16 on a GPU and on processors with bf16 arithmetic, fp32 elsewhere.
             device: a torch device; `auto` is the first GPU if there is one.
             decoder: `lean` for models shaped like Llama, `modules` for any other; `auto` takes the lean one if it
@@ -114,6 +120,8 @@ class Engine:
         """
         text = Text.load(folder)
         dtype, where = placement(precision, device)
+        if mixed_prefill_tokens is None:
+            mixed_prefill_tokens = _MIXED_PREFILL_TOKENS if where.type == "cpu" else prefill_tokens
         check_vocabulary(folder, text.vocab_size, read_config(folder))
         return cls(
             load_decoder(folder, decoder, dtype=dtype, device=where),
@@ -122,7 +130,7 @@ class Engine:
             cache_tokens=cache_tokens,
             max_queued=max_queued,
             prefill_tokens=prefill_tokens,
-            mixed_prefill_tokens=_MIXED_PREFILL_TOKENS if where.type == "cpu" else prefill_tokens,
+            mixed_prefill_tokens=mixed_prefill_tokens,
         )
 
     @property
@@ -249,3 +257,11 @@ class Engine:
             self._scheduler.remove(sequences)
         for sequence in sequences:
             del self._sequences[sequence.request.id]
+
+
+def _capacity(decoder: Decoder, max_sequences: int) -> int:
+    """Tokens that the cache holds unless it is told: a window a sequence, on a CPU within 4 GiB, but one at least."""
+    smallest = decoder.new_cache(1)
+    if smallest.device.type != "cpu":
+        return decoder.context * max_sequences
+    return max(decoder.context, min(decoder.context * max_sequences, _CPU_CACHE_BYTES // smallest.nbytes))

@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from transformers.pytorch_utils import Conv1D
 
 from actors.engine.kernels import kernels_for
 
@@ -122,6 +121,8 @@ def _linear_parts(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor |
     """Weight [out, in] and bias of what is a linear layer and nothing more; None for anything else."""
     if type(module) is torch.nn.Linear:
         return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    from transformers.pytorch_utils import Conv1D
+
     if type(module) is Conv1D:
         return module.weight.detach().t(), module.bias.detach()
     return None

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
@@ -30,7 +29,6 @@ from actors.engine.linear import pack
 from actors.engine.pretrained import load_modules, read_config
 from actors.engine.recurrent_decoder import RecurrentDecoder
 from actors.engine.scheduler import Span
-from actors.recurrent import LstmConfig
 from configs.errors import ArtifactError
 
 DecoderKind = Literal["lean", "modules", "recurrent"]
@@ -86,7 +84,7 @@ def load_decoder(folder: Path, choice: DecoderChoice, *, dtype: torch.dtype, dev
     cannot be read or are not all there.
     """
     config = read_config(folder)
-    if config.model_type == LstmConfig.model_type:
+    if config.model_type == RecurrentDecoder.MODEL_TYPE:
         return RecurrentDecoder.load(folder, dtype=dtype, device=device)
     reason = obstacle(config) if choice == "auto" else None
     if choice == "modules" or reason is not None:
@@ -113,6 +111,8 @@ class ModulesDecoder:
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Self:
         """Opens a model folder. Raises what `load_decoder` does."""
+        from transformers import AutoModelForCausalLM
+
         _register()
         model = load_modules(folder, AutoModelForCausalLM, dtype=dtype, device=device, attention="eager")
         tokens = [(7 * n) % model.config.get_text_config(decoder=True).vocab_size for n in range(_PROBE_TOKENS)]
@@ -229,6 +229,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, _no_mask)
 

@@ -1,19 +1,28 @@
-"""A model folder opened through `transformers`, whole or not at all; where and in which precision it runs."""
+"""A model folder opened through `transformers`, whole or not at all; where and in which precision it runs.
+
+The engine's modules import `transformers` where they need it: that takes 4 s, and a Llama on the lean decoder needs
+none of it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig
 
-import actors.recurrent  # noqa: F401 - makes `transformers` know the LSTM baseline
 from configs.errors import ArtifactError, ContractError, CorruptArtifactError
 
 Precision = Literal["auto", "bf16", "fp32"]
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def placement(precision: Precision, device: str) -> tuple[torch.dtype, torch.device]:
@@ -29,15 +38,51 @@ def placement(precision: Precision, device: str) -> tuple[torch.dtype, torch.dev
 
 
 def read_config(folder: Path) -> Any:
-    """The `transformers` config of a model folder. Raises `ArtifactError` if there is none."""
-    if not (folder / "config.json").is_file():
+    """The config of a model folder, with the attributes that `transformers` gives it.
+
+    A Llama's that leaves nothing to a default is read as it stands, any other by `transformers`.
+
+    Raises `ArtifactError` if there is none.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
         raise ArtifactError(
             f"no config.json in {folder}", allowed="a model folder", next_step="ganymede artifacts list"
         )
+    complete = _complete_llama(path)
+    if complete is not None:
+        return complete
+    from transformers import AutoConfig
+
+    import actors.recurrent  # noqa: F401 - makes `transformers` know the LSTM baseline
+
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ArtifactError(f"{folder / 'config.json'} is no model config: {error}") from error
+        raise ArtifactError(f"{path} is no model config: {error}") from error
+
+
+def _complete_llama(path: Path) -> SimpleNamespace | None:
+    """What the file says, if that is all that running a Llama takes; None if `transformers` has to complete it."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(said, dict) or said.get("model_type") != "llama":
+        return None
+    rope = said.get("rope_parameters")
+    complete = (
+        all(type(said.get(key)) is int for key in _SIZES)
+        and type(said.get("rms_norm_eps")) is float
+        and isinstance(said.get("hidden_act"), str)
+        and type(said.get("tie_word_embeddings")) is bool
+        and isinstance(said.get("architectures"), list)
+        and isinstance(rope, dict)
+        and rope.keys() == {"rope_type", "rope_theta"}
+        and rope["rope_type"] == "default"
+        and isinstance(rope["rope_theta"], int | float)
+    )
+    return SimpleNamespace(**{"is_encoder_decoder": False, **said}) if complete else None
 
 
 def check_vocabulary(folder: Path, tokens: int, config: Any) -> None:

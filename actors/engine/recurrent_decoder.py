@@ -17,7 +17,6 @@ from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
 from actors.engine.cache import KVCache
 from actors.engine.linear import Linear
@@ -27,6 +26,9 @@ from actors.engine.scheduler import Span
 
 class RecurrentDecoder:
     """Weights and forward pass. Holds no state between calls; the cache is the caller's."""
+
+    MODEL_TYPE = "ganymede_lstm"
+    """What `actors.recurrent` calls it; that module brings `transformers`."""
 
     def __init__(
         self, layers: Sequence[tuple[Linear, Linear]], *, embedding: torch.Tensor, head: Linear, context: int
@@ -48,6 +50,8 @@ class RecurrentDecoder:
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Self:
         """Opens a model folder. Raises what `pretrained.load_modules` does."""
+        from transformers import AutoModelForCausalLM
+
         model = load_modules(folder, AutoModelForCausalLM, dtype=dtype, device=device, attention="eager")
         recurrence, layers = model.model.recurrence, []
         for n in range(recurrence.num_layers):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForSeq2SeqLM
 
 from actors.engine import seq2seq_weights
 from actors.engine.batching import LengthQueue
@@ -113,6 +112,8 @@ class Seq2SeqEngine:
         """Most tokens of a source, and of a target with those that it begins with."""
         self.kernels = kernels_kind(decoder.dtype, decoder.device)
         """What runs the products: `compiled` functions, or `torch`."""
+        self.cache_tokens = cache_tokens
+        """Tokens of targets whose keys and values are held, and as many of sources."""
         self._encoder = encoder
         self._decoder = decoder
         self._frame = frame
@@ -181,6 +182,8 @@ class Seq2SeqEngine:
         cache_tokens = max_sequences * window if cache_tokens is None else cache_tokens
         window = min(window, cache_tokens)
         dtype, where = placement(precision, device)
+        from transformers import AutoModelForSeq2SeqLM
+
         model = load_modules(folder, AutoModelForSeq2SeqLM, dtype=dtype, device=where)
         with torch.no_grad():
             decoder = _BUILDERS[config.model_type](model, window)

@@ -19,7 +19,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from transformers.activations import ACT2FN
 
 from actors.engine.cache import KVCache
 from actors.engine.kernels import kernels_for
@@ -161,6 +160,8 @@ class Seq2SeqDecoder:
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Of that name in `transformers`, whose own `gelu_new` is seven operations for what torch does in one."""
+    from transformers.activations import ACT2FN
+
     return partial(F.gelu, approximate="tanh") if name == "gelu_new" else ACT2FN[name]
 
 

@@ -26,10 +26,12 @@ from configs.artifacts import (
     Manifest,
     Ref,
     content_digest,
+    hash_json,
 )
 from configs.errors import ArtifactError, CorruptArtifactError, StorageError
 
 _STAGING = ".staging"
+_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _PACKAGES = ("ganymede", "ray", "torch", "transformers", "mlflow", "pyarrow", "tokenizers", "gigatoken")
 
 
@@ -227,6 +229,22 @@ def _corrupt(ref: Ref, path: Path, why: str) -> CorruptArtifactError:
 def file_blake3(path: Path) -> str:
     """blake3 of a file's bytes, hex."""
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """Digest of the files of a model folder that decide what it is.
+
+    Raises:
+        ArtifactError: there is no such folder, or no model in it.
+    """
+    found = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    if not {"config.json", "tokenizer.json"} <= {path.name for path in found}:
+        raise ArtifactError(
+            f"{folder} is no model folder",
+            allowed="a folder in Hugging Face format, with config.json, tokenizer.json and *.safetensors",
+            next_step="correct `from` in the recipe",
+        )
+    return hash_json([[path.name, file_blake3(path)] for path in found])
 
 
 def _walk_files(folder: Path) -> list[Path]:

@@ -115,7 +115,7 @@ class TasksConfig(Config):
     """Items of each task that are asked, the first ones by the hash of their content; all unless set."""
     chat: bool = False
     """Prompts are what a user says under the model's chat template."""
-    max_sequences: Annotated[int, Field(ge=1)] = 32
+    max_sequences: Annotated[int, Field(ge=1)] = 128
     """Answers generated together. It counts as content, as it does for the stage `evaluate`."""
     parallel: Annotated[int, Field(ge=1, le=256)] = placement(8)
     """Requests in flight to an endpoint."""

@@ -21,13 +21,15 @@ from actors.engine.loading import load_engine, runner_kind
 from actors.engine.pretrained import placement
 from actors.engine.request import Completion, Request
 from actors.engine.seq2seq import Seq2SeqEngine
+from actors.store.artifacts import model_digest
 from configs.errors import ConfigError, ContractError, EngineError
 from configs.schema.generation import Sampling
 from configs.schema.tasks import Answering
 from pipelines.evaluation.responses import Response
-from pipelines.training.models import folder_digest
 
 _ROWS_AT_ONCE = 64
+_PREFILL_TOKENS = 1024
+"""Of a step."""
 
 
 class LocalModel:
@@ -46,7 +48,14 @@ class LocalModel:
             ArtifactError: it is no model that can be run.
             ContractError: its tokenizer is not the one it was trained with.
         """
-        options = {} if runner_kind(folder) == "encoder" else {"max_sequences": max_sequences}
+        options: dict[str, int] = {}
+        match runner_kind(folder):
+            case "decoder":
+                # Nobody waits for a single answer: prompts need not give way to answers that are under way.
+                options = {"prefill_tokens": _PREFILL_TOKENS, "mixed_prefill_tokens": _PREFILL_TOKENS}
+                options["max_sequences"] = max_sequences
+            case "seq2seq":
+                options["max_sequences"] = max_sequences
         return cls(folder, load_engine(folder, **options), chat=chat)
 
     @property
@@ -60,7 +69,7 @@ class LocalModel:
         dtype, device = placement("auto", "auto")
         return {
             "runner": runner_kind(self._folder),
-            "digest": folder_digest(self._folder),
+            "digest": model_digest(self._folder),
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(device),
             "contract": None if contract is None else contract.hash,

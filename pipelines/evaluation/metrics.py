@@ -10,9 +10,9 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import CHRF
 
 from configs.schema.evaluation import Metric
@@ -23,7 +23,9 @@ _DECIMALS = 4
 
 
 @functools.cache
-def _rouge(kind: str) -> RougeScorer:
+def _rouge(kind: str) -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # a second to import
+
     return RougeScorer([kind], use_stemmer=False)
 
 

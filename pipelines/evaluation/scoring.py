@@ -18,7 +18,6 @@ from decimal import Decimal, InvalidOperation
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
-from seqeval.metrics.sequence_labeling import get_entities
 
 from configs.schema.tasks import Metric, Task
 from pipelines.evaluation.items import Item
@@ -159,6 +158,8 @@ def _of_choice(task: Task, item: Item, response: Response) -> Vectors:
 
 
 def _of_tags(item: Item, response: Response) -> Vectors:
+    from seqeval.metrics.sequence_labeling import get_entities  # two seconds to import
+
     true = list(item.fields["tags"])
     said = [*response.tags, *["O"] * (len(true) - len(response.tags))]
     expected, predicted = set(get_entities(true)), set(get_entities(said))

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from actors.engine.engine import Engine
 from actors.engine.loading import runner_kind
-from actors.store.artifacts import Artifact
+from actors.store.artifacts import Artifact, model_digest
 from configs.errors import ConfigError
 from configs.load import load_task, load_template
 from configs.schema.model import is_folder
@@ -34,7 +34,6 @@ from pipelines.prompting.examples import Chooser, Pool
 from pipelines.prompting.sweep_picture import sweep_picture
 from pipelines.prompting.sweep_report import Cell, Reference, Series, SweepReport, best_cell, recommend
 from pipelines.stage import Progress, StageContext
-from pipelines.training.models import folder_digest
 
 ANSWERS, PICTURE = "answers.parquet", "sweep.png"
 
@@ -86,9 +85,9 @@ class SweepStage:
         found |= {f"templates.{t.name}": t.digest for t in _templates(config, task).values()}
         named = {f"models.{label}": model for label, model in config.models.items()}
         named |= {f"references.{label}": model for label, model in config.references.items()}
-        found |= {role: folder_digest(Path(m).expanduser()) for role, m in named.items() if is_folder(m)}
+        found |= {role: model_digest(Path(m).expanduser()) for role, m in named.items() if is_folder(m)}
         if config.examples.encoder is not None:
-            found["examples.encoder"] = folder_digest(Path(config.examples.encoder).expanduser())
+            found["examples.encoder"] = model_digest(Path(config.examples.encoder).expanduser())
         return found
 
     def run(self, config: SweepConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:

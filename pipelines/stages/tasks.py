@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from actors.store.artifacts import Artifact
+from actors.store.artifacts import Artifact, model_digest
 from configs.errors import ConfigError, DataError
 from configs.load import load_task
 from configs.schema.evaluation import TasksConfig, is_endpoint, stands_alone
@@ -21,7 +21,6 @@ from pipelines.evaluation.items import Item, SplitName, load_items, task_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.page import render
-from pipelines.evaluation.pool import Pool
 from pipelines.evaluation.stored_report import REPORT
 from pipelines.evaluation.task_report import (
     ANSWERS,
@@ -35,7 +34,6 @@ from pipelines.evaluation.task_report import (
     task_facts,
 )
 from pipelines.stage import Progress, StageContext
-from pipelines.training.models import folder_digest
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ class TasksStage:
 
     kind: ClassVar[str] = "tasks"
     artifact_kind: ClassVar[str | None] = "report"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: TasksConfig) -> Mapping[str, str]:
         """Digests of the tasks with their data, and of the models that are no artifacts.
@@ -68,7 +66,7 @@ class TasksStage:
             if is_endpoint(model):
                 found[f"models.{label}"] = str(_endpoint(model, config).facts()["digest"])
             elif stands_alone(model):
-                found[f"models.{label}"] = folder_digest(Path(model).expanduser())
+                found[f"models.{label}"] = model_digest(Path(model).expanduser())
         return found
 
     def run(self, config: TasksConfig, inputs: Mapping[str, Artifact], context: StageContext) -> dict[str, Any]:
@@ -176,6 +174,8 @@ def _opened(
         loaded = LocalModel.load(folder, max_sequences=config.max_sequences, chat=config.chat)
         yield in_turn(loaded), loaded.facts
         return
+    from pipelines.evaluation.pool import Pool  # brings Ray, which one copy does without
+
     with Pool(folder, replicas=config.replicas, max_sequences=config.max_sequences, chat=config.chat) as pool:
         yield pool.ask_groups, pool.facts
 

@@ -24,8 +24,6 @@ from transformers import (
 )
 
 from actors.recurrent import LstmConfig
-from actors.store.artifacts import file_blake3
-from configs.artifacts import hash_json
 from configs.errors import ArtifactError, ConfigError
 from configs.schema.model import Family, ModelConfig
 from pipelines.training.architectures import architecture_config, initialise_llama
@@ -41,7 +39,6 @@ AUTO_CLASSES: dict[Head, Any] = {
 }
 LANGUAGE_HEADS: dict[Family, Head] = {"decoder": "causal", "encoder": "masked", "encoder-decoder": "seq2seq"}
 """The head that each family is pretrained with."""
-_MODEL_FILES = ("config.json", "*.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _DROPOUTS = (
     "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "dropout", "dropout_rate", "embd_pdrop",
     "embedding_dropout", "hidden_dropout_prob", "mlp_dropout", "resid_pdrop",
@@ -190,22 +187,6 @@ def recompute_activations(model: nn.Module) -> None:
             next_step="lower training.micro_batch_rows to save memory",
         )
     model.activation_checkpointing_enable({"use_reentrant": False})
-
-
-def folder_digest(folder: Path) -> str:
-    """Digest of the files of a model folder that decide what it is.
-
-    Raises:
-        ArtifactError: there is no such folder, or no model in it.
-    """
-    found = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
-    if not {"config.json", "tokenizer.json"} <= {path.name for path in found}:
-        raise ArtifactError(
-            f"{folder} is no model folder",
-            allowed="a folder in Hugging Face format, with config.json, tokenizer.json and *.safetensors",
-            next_step="correct `from` in the recipe",
-        )
-    return hash_json([[path.name, file_blake3(path)] for path in found])
 
 
 def context_length(folder: Path) -> int:

@@ -9,7 +9,7 @@ from typing import Self
 
 from torch import nn
 
-from actors.store.artifacts import Artifact
+from actors.store.artifacts import Artifact, model_digest
 from configs.schema.model import ModelConfig, is_folder
 from pipelines.training.architectures import architecture_config
 from pipelines.training.models import (
@@ -18,7 +18,6 @@ from pipelines.training.models import (
     build_model,
     build_skeleton,
     context_length,
-    folder_digest,
     load_model,
     pretraining_head,
     read_shape,
@@ -32,7 +31,7 @@ def start_sources(config: ModelConfig) -> Mapping[str, str]:
     """Digest of the folder that `config` names, if it names one; artifacts are inputs, not sources."""
     if config.start is None or not is_folder(config.start):
         return {}
-    return {ROLE: folder_digest(Path(config.start).expanduser())}
+    return {ROLE: model_digest(Path(config.start).expanduser())}
 
 
 @dataclass(frozen=True)

@@ -485,7 +485,7 @@ def test_a_conversation_continues_on_what_its_last_turn_left(make_model) -> None
 
 def test_a_cache_beyond_the_memory_is_refused_with_its_size(make_model) -> None:
     with pytest.raises(EngineError, match=r"GB.*max_sequences"):
-        Engine.load(make_model(), max_sequences=10**12, precision="fp32", device="cpu")
+        Engine.load(make_model(), cache_tokens=10**14, precision="fp32", device="cpu")
 
 
 def test_folders_that_are_no_supported_model_are_refused(make_model, tokenizer_folder: Path, tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoConfig, LlamaConfig
 
 from actors.engine.encoder import EncoderEngine
 from actors.engine.encodings import EncodeEvent, EncodeRequest
 from actors.engine.engine import Engine
 from actors.engine.loading import load_engine, runner_kind
+from actors.engine.pretrained import read_config
 from actors.engine.request import Completion, Request, TokenEvent
 from actors.engine.seq2seq import Seq2SeqEngine
 from actors.engine.stream import AsyncEngine
@@ -93,3 +98,36 @@ def test_every_runner_serves_coroutines(make_model: Make, make_seq2seq: Make, ma
     for (event,) in asyncio.run(run(engine, request)):
         assert event.encoding.scores == pytest.approx(alone.encoding.scores, abs=1e-4)
     engine.close()
+
+
+def test_a_llama_runs_without_the_modules_of_transformers(make_model: Make) -> None:
+    program = (
+        "import sys; from pathlib import Path; from actors.engine.loading import load_engine; "
+        "from actors.engine.request import Request; from configs.schema.generation import Sampling; "
+        "engine = load_engine(Path(sys.argv[1])); "
+        "done = engine.generate([Request('a', (5, 6, 7), Sampling(max_new_tokens=4))]); "
+        "print(*done[0].token_ids, 'transformers.modeling_utils' in sys.modules)"
+    )
+    folder = make_model()
+    output = subprocess.run([sys.executable, "-c", program, str(folder)], check=True, capture_output=True, text=True)
+    *tokens, imported = output.stdout.split()
+    engine = Engine.load(folder, decoder="modules")
+    [expected] = engine.generate([Request("a", (5, 6, 7), Sampling(max_new_tokens=4))])
+    assert (tuple(map(int, tokens)), imported) == (expected.token_ids, "False")
+
+
+def test_what_a_config_leaves_to_defaults_is_what_transformers_says(make_model: Make, tmp_path: Path) -> None:
+    folder = make_model()
+    said = json.loads((folder / "config.json").read_bytes())
+    assert isinstance(read_config(folder), SimpleNamespace)
+    for missing in ("head_dim", "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in said.items() if k != missing}))
+        config = read_config(tmp_path)
+        assert isinstance(config, LlamaConfig)
+        assert getattr(config, missing) == getattr(AutoConfig.from_pretrained(tmp_path), missing)
+
+
+def test_a_cache_that_nobody_bounds_stays_within_memory(make_model: Make) -> None:
+    assert Engine.load(make_model(), max_sequences=3).cache_tokens == 3 * 96
+    wide = make_model(max_position_embeddings=2**22)
+    assert Engine.load(wide, max_sequences=8).cache_tokens == 2**32 // (2 * 2 * 2 * 16 * 4)

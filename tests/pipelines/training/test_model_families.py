@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
+from actors.store.artifacts import model_digest
 from configs.errors import ArtifactError, ConfigError
 from configs.schema.base import content_literals, references
 from configs.schema.model import Architecture, ModelConfig
@@ -21,7 +22,6 @@ from pipelines.training.models import (
     LANGUAGE_HEADS,
     build_model,
     context_length,
-    folder_digest,
     hidden_matrices,
     load_model,
     pretraining_head,
@@ -113,14 +113,14 @@ def test_a_folder_to_start_from_is_content_by_its_files_and_not_by_its_path(tmp_
     assert dict(references(finetune({"from": "/some/folder"}))) == {"data": "pairs"}
     assert content_literals(finetune("/a")) == content_literals(finetune("~/b")) == content_literals(finetune("c"))
     with pytest.raises(ArtifactError, match="is no model folder"):
-        folder_digest(tmp_path)
+        model_digest(tmp_path)
     save_model(build(tiny("bert")), tmp_path, eos_token_ids=(0,), pad_token_id=0)
     (tmp_path / "tokenizer.json").write_text("{}")
-    digest = folder_digest(tmp_path)
+    digest = model_digest(tmp_path)
     (tmp_path / "notes.txt").write_text("not part of the model")
-    assert folder_digest(tmp_path) == digest
+    assert model_digest(tmp_path) == digest
     (tmp_path / "tokenizer.json").write_text("[]")
-    assert folder_digest(tmp_path) != digest
+    assert model_digest(tmp_path) != digest
 
 
 def test_the_recurrent_model_is_the_textbook_lstm() -> None:
