@@ -119,6 +119,8 @@ class TasksConfig(Config):
     """Answers generated together. It counts as content, as it does for the stage `evaluate`."""
     parallel: Annotated[int, Field(ge=1, le=256)] = placement(8)
     """Requests in flight to an endpoint."""
+    price_per_hour: Annotated[float, Field(ge=0)] | None = placement(None)
+    """What the machines cost an hour, in any currency; the cost of 1,000 items is then told beside their scores."""
     replicas: Annotated[int, Field(ge=1, le=1024)] = placement(1)
     """Copies of a model that is no endpoint's, each in a Ray actor if there are several."""
 

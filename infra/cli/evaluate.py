@@ -39,6 +39,9 @@ def evaluate(
     replicas: Annotated[
         int, typer.Option(min=1, help="Copies of the model that share the items, in processes of the Ray cluster.")
     ] = 1,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="What the machines cost an hour: tells the cost of 1,000 items.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which examples are drawn.")] = 0,
     tracker: Tracker = "mlflow",
     as_json: Json = False,
@@ -57,7 +60,7 @@ def evaluate(
 
     label, reference = _reference(model, endpoint, home)
     stage = {"kind": "tasks", "models": {label: reference}, "tasks": task, "shots": shots, "limit": limit, "chat": chat,
-             "seed": seed, "replicas": replicas}  # fmt: skip
+             "seed": seed, "replicas": replicas, "price_per_hour": price_per_hour}  # fmt: skip
     with ray_session(home) if replicas > 1 else nullcontext():
         outcome = run_alone(_PROJECT, label, stage, home, tracker)
     artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))
@@ -69,6 +72,10 @@ def evaluate(
         print_json({**found, "status": outcome.status, **report.model_dump(mode="json"), "summary": outcome.summary})
         return
     _show(report)
+    for name, speed in outcome.summary["speed"].items():
+        if speed["asked_now"]:
+            cost = f", {speed['cost_per_1000_items']:g} for 1,000" if "cost_per_1000_items" in speed else ""
+            say(f"{name}: {speed['items_per_second']:g} items a second{cost}")
     say(f"{outcome.status} {artifact.ref}: {artifact.path / PAGE}")
 
 

@@ -93,6 +93,10 @@ class TasksStage:
                     rows[label, name], speeds[f"{label}/{name}"] = _ask(ask_groups, label, name, one, context)
                     results[name] = scores(one.task, rows[label, name], known[label, name])
                 models[label] = ModelReport(facts=facts(), tasks=results)
+        if config.price_per_hour is not None:
+            for speed in speeds.values():
+                if speed["asked_now"]:
+                    speed["cost_per_1000_items"] = round(config.price_per_hour / 3.6 / speed["items_per_second"], 4)
         report = TasksReport(tasks={name: one.facts for name, one in asked.items()}, models=models)
         report.save(context.out)
         (context.out / PAGE).write_text(render(report, rows), encoding="utf-8")
@@ -196,8 +200,12 @@ def _ask(
     rows = ask(asked.task, asked.items, asked.examples, ask_groups, kept, progress)
     seconds = time.monotonic() - began
     new = len(rows) - before[0]
-    tokens = sum(row.response.tokens for row in rows)
-    return rows, {"items_per_second": round(new / max(seconds, 1e-9), 2), "tokens": tokens, "asked_now": new}
+    return rows, {
+        "asked_now": new,
+        "items_per_second": round(new / max(seconds, 1e-9), 2),
+        "prompt_tokens": sum(row.response.prompt_tokens for row in rows),
+        "tokens": sum(row.response.tokens for row in rows),
+    }
 
 
 def _figures(model: ModelReport) -> dict[str, dict[str, float]]:

@@ -157,6 +157,19 @@ def test_the_limit_takes_the_same_items_every_time(world: World, tasks, tmp_path
     assert {row.item for row in first} < {row.item for row in second}
 
 
+def test_speed_and_cost_stand_beside_the_scores_and_not_in_the_report(world: World, tasks, tmp_path: Path) -> None:
+    config = TasksConfig(models={"m": "x"}, tasks=(tasks["writing"],), limit=3, price_per_hour=36.0)
+    context = stage_context(tmp_path, world.store)
+    summary = TasksStage().run(config, {"models.m": world.inputs["models.finetuned"]}, context)
+    speed = summary["speed"]["m/writing"]
+    assert speed["asked_now"] == 3
+    assert speed["cost_per_1000_items"] == pytest.approx(1000 * 36 / 3600 / speed["items_per_second"], abs=5e-5)
+    rows = read_rows(context.out / ANSWERS)
+    assert speed["prompt_tokens"] == sum(row.response.prompt_tokens for row in rows) > 0
+    free = run(world, tmp_path / "free", config.model_copy(update={"price_per_hour": None}))
+    assert (free / REPORT).read_bytes() == (context.out / REPORT).read_bytes()
+
+
 def test_a_model_is_not_scored_on_what_it_learned_from(world: World, tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
