@@ -25,6 +25,10 @@ _REFERENCE = re.compile(r"^(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)(@(?P<selector>[A
 _REF, _DIGEST = "ganymede.ref", "ganymede.digest"
 _BEFORE = "ganymede.before."
 """Tag of a registered model, with the name of an alias: the versions it pointed at before, the latest last."""
+_SCORE = "score."
+"""Tag of a version, with task and metric: what it reached."""
+_SCORES = "### Scores"
+"""Heading of the table of them in a version's description, its last part."""
 _MOST_MOVES = 200
 """Of each alias that are kept: MLflow cuts a tag at 5,000 characters."""
 
@@ -151,6 +155,29 @@ class Registry:
         """The version of `name` that `alias` points at now, if it points at any."""
         with _reaching(self._uri):
             return next((version for version in self._versions(name) if alias in version.aliases), None)
+
+    def record_scores(self, digest: str, scores: Mapping[str, str]) -> list[RegisteredVersion]:
+        """Enters what a model reached on the card of its versions: as tags, and as a table of their descriptions.
+
+        Args:
+            scores: by `TASK.METRIC`; what stands there under other names stays.
+
+        Returns the versions of the model, of any name; none if it is not registered.
+        """
+        named = {_SCORE + name.replace("@", "_at_"): value for name, value in scores.items()}
+        with _reaching(self._uri):
+            found = [entry for entry in self.entries() if entry.digest == digest]
+            for one in found:
+                name, number = one.name, str(one.version)
+                for key, value in named.items():
+                    self._client.set_model_version_tag(name, number, key, value)
+                entry = self._client.get_model_version(name, number)
+                told = sorted((k.removeprefix(_SCORE), v) for k, v in entry.tags.items() if k.startswith(_SCORE))
+                rows = [f"| {key} | {value} |" for key, value in told]
+                table = "\n".join([_SCORES, "", "| task and metric | score |", "|---|---|", *rows])
+                before = (entry.description or "").partition(_SCORES)[0].rstrip()
+                self._client.update_model_version(name, number, "\n\n".join(filter(None, [before, table])))
+            return found
 
     def entries(self) -> list[RegisteredVersion]:
         """Every registered version, by name and version."""

@@ -15,6 +15,7 @@ from infra.cli.output import Debug, Json, Tracker, print_json, print_table, say
 from infra.local import ray_session, route_logs, state_home
 
 if TYPE_CHECKING:
+    from actors.store.artifacts import Artifact
     from pipelines.evaluation.comparing import Comparison
     from pipelines.evaluation.task_report import TasksReport
 
@@ -67,16 +68,39 @@ def evaluate(
     from pipelines.evaluation.task_report import PAGE, TasksReport
 
     report = TasksReport.load(artifact.path)
+    registered = _record(report, artifact, home) if tracker == "mlflow" and endpoint is None else []
     if as_json:
         found = {"report": str(artifact.ref), "digest": artifact.digest, "folder": str(artifact.path)}
-        print_json({**found, "status": outcome.status, **report.model_dump(mode="json"), "summary": outcome.summary})
+        print_json({**found, "status": outcome.status, **report.model_dump(mode="json"), "summary": outcome.summary,
+                    "registered": registered})  # fmt: skip
         return
     _show(report)
     for name, speed in outcome.summary["speed"].items():
         if speed["asked_now"]:
             cost = f", {speed['cost_per_1000_items']:g} for 1,000" if "cost_per_1000_items" in speed else ""
             say(f"{name}: {speed['items_per_second']:g} items a second{cost}")
+    for version in registered:
+        say(f"scores entered on the card of {version}")
     say(f"{outcome.status} {artifact.ref}: {artifact.path / PAGE}")
+
+
+def _record(report: TasksReport, artifact: Artifact, home: Path) -> list[str]:
+    """Enters the scores on the cards of the model's registered versions; which these are."""
+    from actors.store.registry import Registry
+    from actors.store.tracker import tracking_uri
+
+    registry = Registry.open(tracking_uri(home))
+    found: list[str] = []
+    for label, model in report.models.items():
+        made_from = artifact.manifest.inputs.get(f"models.{label}")
+        if made_from is not None:
+            scores = {
+                f"{task}.{metric}": f"{score.value:g} ({score.low:g} to {score.high:g}), {artifact.ref}"
+                for task, one in model.tasks.items()
+                for metric, score in one.scores.items()
+            }
+            found += map(str, registry.record_scores(made_from.digest, scores))
+    return found
 
 
 def compare(

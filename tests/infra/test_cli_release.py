@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from actors.store.artifacts import ArtifactStore
+from actors.store.mlflow_runs import open_client
 from actors.store.registry import Registry
 from actors.store.tracker import tracking_uri
 from configs.artifacts import Identity, Ref
@@ -64,10 +65,10 @@ def write_task(path: Path, right: list[int]) -> str:
     return str(path)
 
 
-def evaluate(typed: Typed, model: str, task: str) -> Path:
-    done = typed("evaluate", model, "--task", task, "--tracker", "none", "--json")
+def evaluate(typed: Typed, model: str, task: str, tracker: str = "none") -> dict[str, Any]:
+    done = typed("evaluate", model, "--task", task, "--tracker", tracker, "--json")
     assert done.exit_code == 0, done.output
-    return Path(json.loads(done.stdout)["folder"])
+    return json.loads(done.stdout)
 
 
 def champion(registry: Registry) -> int:
@@ -75,10 +76,10 @@ def champion(registry: Registry) -> int:
 
 
 def test_an_alias_moves_to_a_model_that_is_better_and_back_again(
-    typed: Typed, registry: Registry, make_model: MakeModel, tmp_path: Path
+    typed: Typed, registry: Registry, home: Path, make_model: MakeModel, tmp_path: Path
 ) -> None:
     asked = evaluate(typed, str(make_model(initializer_range=0.3)), write_task(tmp_path / "draft.yaml", [0] * 40))
-    answers = pq.read_table(asked / "answers.parquet", columns=["prompt", "prediction"]).to_pylist()
+    answers = pq.read_table(Path(asked["folder"]) / "answers.parquet", columns=["prompt", "prediction"]).to_pylist()
     chosen = {row["prompt"]: int(row["prediction"].startswith("y")) for row in answers}
     task = write_task(tmp_path / "words.yaml", [chosen[f"def f{n}("] for n in range(40)])
 
@@ -87,7 +88,13 @@ def test_an_alias_moves_to_a_model_that_is_better_and_back_again(
     evaluate(typed, "tiny@1", task)
     unasked = typed("promote", "tiny@2")
     assert (unasked.exit_code, "ganymede evaluate tiny@2 --task words" in unasked.output) == (2, True)
-    evaluate(typed, "tiny@2", task)
+    judged = evaluate(typed, "tiny@2", task, tracker="mlflow")
+    assert judged["registered"] == ["tiny@2"]
+    [model] = judged["models"].values()
+    accuracy = model["tasks"]["words"]["scores"]["acc"]
+    card = open_client(tracking_uri(home)).get_model_version("tiny", "2").description
+    interval = f"{accuracy['value']:g} ({accuracy['low']:g} to {accuracy['high']:g})"
+    assert f"| words.acc | {interval}, {judged['report']} |" in card
 
     tried = typed("promote", "tiny@2", "--dry-run")
     assert (tried.exit_code, champion(registry)) == (0, 1)

@@ -46,6 +46,22 @@ def test_references_resolve_to_versions(registry):
     assert (newest.version, newest.ref) == (2, "model/demo-finetune@1")
 
 
+def test_scores_stand_on_the_card_of_every_version_of_a_model(registry, uri):
+    registry.register("scored", ref="model/a@1", digest="s1", run_id=None, tags={}, description="Passed the gate.")
+    _register(registry, "other-name", "s1")
+    _register(registry, "scored", "s2")
+    found = registry.record_scores("s1", {"sst2.accuracy": "0.8 (0.7 to 0.9)", "mbpp.pass@1": "0.1"})
+    assert [str(one) for one in found] == ["other-name@1", "scored@1"]
+    registry.record_scores("s1", {"sst2.accuracy": "0.9", "squad.squad_f1": "60"})
+    entry = open_client(uri).get_model_version("scored", "1")
+    rows = "| mbpp.pass_at_1 | 0.1 |\n| squad.squad_f1 | 60 |\n| sst2.accuracy | 0.9 |"
+    assert entry.description.startswith("Passed the gate.\n\n### Scores\n\n| task and metric | score |")
+    assert entry.description.endswith(rows)
+    assert entry.tags["score.sst2.accuracy"] == "0.9"
+    assert "Scores" not in (open_client(uri).get_model_version("scored", "2").description or "")
+    assert registry.record_scores("unknown", {"a.b": "1"}) == []
+
+
 def test_an_alias_moves(registry):
     _register(registry, "move", "d1")
     _register(registry, "move", "d2")
