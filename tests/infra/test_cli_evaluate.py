@@ -63,7 +63,10 @@ def test_absent_data_and_an_unknown_task_are_one_message(typed: Typed, make_mode
     assert (done.exit_code, "next: get it from example.org" in done.output) == (2, True)
 
 
-def test_a_judge_that_does_not_answer_is_one_message(typed: Typed, make_model: MakeModel, task: str) -> None:
+def test_a_judge_that_does_not_answer_is_one_message(
+    typed: Typed, make_model: MakeModel, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.evaluation.endpoints._FIRST_PAUSE_SECONDS", 0.01)
     report = json.loads(typed("evaluate", str(make_model()), "--task", task, "--tracker", "none", "--json").stdout)
     nobody = ("--by", "j", "--endpoint", "http://127.0.0.1:9/v1", "--tracker", "none")
     done = typed("judge", report["report"], report["report"], "--task", "signs", *nobody)

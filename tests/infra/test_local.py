@@ -55,7 +55,7 @@ def driver(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_embedded_ray_is_quiet_on_loopback_and_ends_with_its_driver(
     driver: subprocess.Popen[str], tmp_path: Path, how: signal.Signals
 ) -> None:

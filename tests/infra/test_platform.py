@@ -61,6 +61,7 @@ def test_a_submitted_recipe_runs_to_the_end_and_its_log_is_followed(home: Path) 
     assert [str(m.ref) for m in ArtifactStore(home / "artifacts").list()] == ["tokenizer/sent-tokenizer@1"]
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_job_is_handed_on(home: Path) -> None:
     wrong = "stages.tokenizer.source.path=nowhere"
     done = run_ganymede(home, "submit", "recipe.yaml", "--set", wrong, "--set", "version=2", "--follow", "--json")

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,20 @@ def test_a_second_run_does_not_read_the_files_again(tmp_path: Path, count: int) 
     assert read < count * 300  # most of it the hashes that were kept
 
 
-@pytest.fixture
-def old(tmp_path: Path) -> Path:
-    folder = tmp_path / "old"
-    folder.mkdir()
-    for name in ("a.txt", "b.txt"):
-        (folder / name).write_text(f"text of {name}")
+@pytest.fixture(scope="module")
+def old_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are long finished, one for each test; the waiting is done for all at once."""
+    folders = [tmp_path_factory.mktemp("old") for _ in range(5)]
+    for folder in folders:
+        for name in ("a.txt", "b.txt"):
+            (folder / name).write_text(f"text of {name}")
     time.sleep(2.1)
-    return folder
+    return iter(folders)
+
+
+@pytest.fixture
+def old(old_folders: Iterator[Path]) -> Path:
+    return next(old_folders)
 
 
 def _list(folder: Path, kept: Path) -> Listing:
