@@ -115,7 +115,11 @@ def tokenizers(options: argparse.Namespace) -> Measured:
 
 def workers(options: argparse.Namespace) -> Measured:
     """One worker process against two, workers warm. They work while documents are encoded (filtered, signed); listing,
-    joining and merging are the driver's."""
+    joining and merging are the driver's.
+
+    Core seconds are what the machine's cores worked meanwhile with two workers, for all processes. Two cores can take
+    no less than half of them: that is the greatest ratio there can be here.
+    """
     work, source, _ = _source(options, sys.maxsize)
     larger = work / "larger"
     if not larger.exists():
@@ -130,13 +134,16 @@ def workers(options: argparse.Namespace) -> Measured:
         same = "equal" if corpora["1"]["digest"] == corpora["2"]["digest"] else "DIFFERENT"
         for label, what in ((f"{name}, the whole stage", "seconds"), (f"{name}, encoding", "encoding")):
             one, two = _warm(corpora["1"], what), _warm(corpora["2"], what)
-            rows.append([label, f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", same])
+            busy = _warm(corpora["2"], "core_seconds")
+            most = [f"{busy:.2f}", f"{2 * one / busy:.2f}x"] if what == "seconds" else ["", ""]
+            rows.append([label, f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", *most, same])
     size = sum(path.stat().st_size for path in larger.glob("*.jsonl")) / 1e6
     bare = {n: run_module("benchmarks.corpus_bare", larger, made["tokenizer"], "--workers", n) for n in (1, 2)}
     one, two = (median(run["seconds"] for run in bare[n]["runs"]) for n in (1, 2))
-    rows.append(["the bare loop", f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", ""])
+    rows.append(["the bare loop", f"{size:.0f}", f"{one:.2f}", f"{two:.2f}", f"{one / two:.2f}x", "", "", ""])
     figures["bare"] = bare
-    return figures, _table(["", "MB", "1 worker, s", "2 workers, s", "ratio", "digests"], rows) + "\n"
+    heads = ["", "MB", "1 worker, s", "2 workers, s", "ratio", "core seconds", "greatest ratio", "digests"]
+    return figures, _table(heads, rows) + "\n"
 
 
 def loader(options: argparse.Namespace) -> Measured:

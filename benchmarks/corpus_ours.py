@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import psutil
 
 from actors.store.artifacts import Artifact, ArtifactStore
 from actors.store.tracker import NoTracker
@@ -105,24 +106,26 @@ def _corpora(
     ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     store = ArtifactStore(work / "store")
 
-    def once() -> tuple[float, Artifact]:
+    def once() -> tuple[float, float, Artifact]:
+        """Seconds, seconds of all the machine's cores together, and what was made."""
         for path in Path(config.source.path).glob("*.jsonl"):  # nothing may be known of them from the run before
             path.touch()
         time.sleep(_SETTLING_SECONDS)
         for number in store.versions("corpus", "bench"):
             store.remove(Ref("corpus", "bench", number))
-        started = time.perf_counter()
+        started, before = time.perf_counter(), _core_seconds()
         artifact = _run(CorpusStage(), config, {"tokenizer": tokenizer}, work, "bench")
-        return time.perf_counter() - started, artifact
+        return time.perf_counter() - started, _core_seconds() - before, artifact
 
     done = [once() for _ in range(runs)]
     # Looking at every process twenty times a second takes a share of the driver's core, so it has a run of its own.
     with peaks("ray::") as memory:
-        _, artifact = once()
+        *_, artifact = once()
     ray.shutdown()
     return {
-        "seconds": [seconds for seconds, _ in done],
-        "encoding": [made.manifest.summary["seconds_by_step"]["encode"] for _, made in done],
+        "seconds": [seconds for seconds, _, _ in done],
+        "core_seconds": [busy for _, busy, _ in done],
+        "encoding": [made.manifest.summary["seconds_by_step"]["encode"] for _, _, made in done],
         "digest": artifact.digest,
         "encoder": artifact.manifest.summary.get("encoder"),
         "spans": artifact.manifest.summary.get("spans"),
@@ -130,6 +133,12 @@ def _corpora(
         "worker_mb": round(memory.worker),
         **(_fingerprint(artifact.path) if ids else {}),
     }
+
+
+def _core_seconds() -> float:
+    """What the cores have worked since the machine began, for whichever process."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.softirq)
 
 
 def _fingerprint(corpus: Path) -> dict[str, Any]:
