@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from configs.errors import CorruptArtifactError, StageError
 from configs.schema.training import TrainingConfig
 from pipelines.training.averaging import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, Checkpoints, without_prefix
+from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
 from pipelines.training.models import flops_per_token, recompute_activations
@@ -40,7 +42,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run speaks to the world outside; `report`, `resumed` and `notice` are called on rank 0 alone."""
+    """How a run speaks to the world outside; `report` and `resumed` are called on rank 0 alone."""
 
     report: Callable[[Mapping[str, float]], None]
     """Takes the figures of a step, `step` among them."""
@@ -91,6 +93,8 @@ class Trainer:
         self._hardware = hardware
         self._ranks = ranks
         self._checkpoints = checkpoints
+        hang_time = timedelta(seconds=config.hang_seconds)
+        self._writer = CheckpointWriter(checkpoints, ranks.apart(hang_time) if self._sharded else Ranks())
         self._hooks = hooks
         self._parameters = held_weights(model)
         self._optimizer = Optimizer(
@@ -107,10 +111,16 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains from the newest checkpoint to the last step, or to where `should_stop` says.
 
+        Checkpoints are written while training goes on; whatever ends the run, none is being written when it returns.
+
         Raises:
             StageError: loss or gradient is no finite number, or the loss leaps up; the weights are those before it.
-            StorageError: a checkpoint cannot be written.
+            StorageError: a checkpoint could not be written; told in the step after, or at the end.
         """
+        with self._writer.finishing(self._hooks.notice):
+            return self._train()
+
+    def _train(self) -> Outcome:
         start = self._restore()
         if self._ranks.rank == 0:
             self._hooks.resumed(start)
@@ -122,6 +132,7 @@ class Trainer:
         clock = _Clock(flops_per_token(self._model, self._objective.row_tokens), matmul_rate)
         self._saved_at = time.monotonic()
         for step in range(start, self._config.steps):
+            self._writer.check()
             figures, stop, save = self._step(step, clock)
             last = step + 1 == self._config.steps
             evaluates = last or (step + 1) % self._config.eval_every_steps == 0
@@ -136,7 +147,9 @@ class Trainer:
             if logs and self._ranks.rank == 0:
                 self._hooks.report({**figures, "time_ms": time.time_ns() // 1_000_000})
             if stop or last or save:
+                saving = time.perf_counter()
                 self._save(step + 1)
+                clock.stalled(time.perf_counter() - saving)
             if stop:
                 return Outcome(step + 1, self._tokens_seen, finished=last)
         return Outcome(self._config.steps, self._tokens_seen, finished=True)
@@ -267,7 +280,7 @@ class Trainer:
         self._hooks.notice(str(error))
 
     def _save(self, step: int) -> None:
-        """Writes what the first rank holds, or in a sharded run what every rank does."""
+        """Has what the first rank holds written, or in a sharded run what every rank does."""
         self._saved_at = time.monotonic()
         if not self._sharded and self._ranks.rank > 0:
             return
@@ -275,15 +288,14 @@ class Trainer:
         if self._average:
             states[AVERAGE] = self._average.state()
         whole = {name: tuple(parameter.shape) for name, parameter in self._model.named_parameters()}
-        self._checkpoints.save(
+        self._writer.save(
             Checkpoint(
                 step,
                 self._tokens_seen,
                 {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()},
                 self._guard.state(),
                 {f"{kind}/{name}": whole[name] for kind, state in states.items() for name in state},
-            ),
-            self._ranks if self._sharded else Ranks(),
+            )
         )
 
 
@@ -304,6 +316,7 @@ class _Clock:
         """Begins a new interval."""
         self._tokens = 0
         self._waiting = 0.0
+        self._stall = 0.0
         self._since = time.perf_counter()
 
     def trained(self, tokens: int) -> None:
@@ -314,12 +327,18 @@ class _Clock:
         """Counts time spent on getting data."""
         self._waiting += seconds
 
+    def stalled(self, seconds: float) -> None:
+        """Counts time spent on a checkpoint by the training thread."""
+        self._stall += seconds
+
     def read(self) -> dict[str, float]:
-        """Positions a second, share of the measured matmul rate, share of time spent on data, since `restart`."""
+        """Positions a second, share of the measured matmul rate, share of time spent on data, seconds that checkpoints
+        held training up, since `restart`."""
         seconds = time.perf_counter() - self._since
         rate = self._tokens / seconds
         return {
             "tokens_per_second": rate,
             "mfu": rate * self._flops_per_token / self._matmul_rate,
             "data_wait_fraction": self._waiting / seconds,
+            "checkpoint_stall_seconds": self._stall,
         }

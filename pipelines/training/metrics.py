@@ -16,7 +16,8 @@ from actors.store.artifacts import write_durably
 FILE = "metrics.jsonl"
 
 STEP_FIGURES = (
-    "step", "time_ms", "tokens_seen", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait_fraction"
+    "step", "time_ms", "tokens_seen", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "data_wait_fraction",
+    "checkpoint_stall_seconds",
 )  # fmt: skip
 """What every line of a step holds; further figures come from an evaluation."""
 

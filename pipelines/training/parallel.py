@@ -9,8 +9,10 @@ already summed, and the sum over the ranks carries the rest.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed
@@ -23,16 +25,27 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
+    group: torch.distributed.ProcessGroup | None = None
+    """The group that they exchange through; None: the default one."""
 
     @classmethod
     def current(cls) -> Ranks:
         """The place of this process in the default process group."""
         return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
+    def apart(self, timeout: timedelta) -> Ranks:
+        """The same processes with a group of their own for what lies in host memory, which another thread may use.
+
+        All of them call this at the same time. An exchange that some do not come to within `timeout` is an error.
+        """
+        if self.world_size == 1:
+            return self
+        return dataclasses.replace(self, group=torch.distributed.new_group(backend="gloo", timeout=timeout))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums `tensor` over all ranks in place and returns it."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor, group=self.group)
         return tensor
 
     def from_first(self, value: int, device: torch.device) -> int:
@@ -59,7 +72,7 @@ class Ranks:
         if self.world_size == 1:
             return parts
         received = torch.empty_like(parts)
-        torch.distributed.all_to_all_single(received, parts)
+        torch.distributed.all_to_all_single(received, parts, group=self.group)
         return received
 
 

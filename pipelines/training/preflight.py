@@ -116,14 +116,16 @@ def plan(facts: Facts, config: TrainingConfig) -> Plan:
     """What a run with `facts` and `config` needs.
 
     A worker holds weights, gradients, the optimizer's numbers, an average if there is one, the activations of a
-    micro-batch, and a copy of weights and numbers while it writes a checkpoint. In a sharded run it holds its part of
-    these, and whole what it has gathered and the gradients of that; on a processor it builds the whole model first.
+    micro-batch, and, in the machine's memory, a copy of weights and numbers that checkpoints are written from. In a
+    sharded run it holds its part of these, and whole what it has gathered and the gradients of that; on a processor it
+    builds the whole model first.
     """
     numbers = _STATE_NUMBERS["adamw"] * (facts.trained - facts.trained_by_muon)
     numbers += _STATE_NUMBERS["muon"] * facts.trained_by_muon
     numbers += 0 if config.ema_decay is None else facts.trained
     updates = 2 * facts.trained_by_muon  # the directions before and after orthogonalisation
-    kept = facts.parameters + facts.trained + numbers + max(facts.trained + numbers, updates)
+    kept = facts.parameters + facts.trained + numbers + updates
+    kept += 0 if config.use_gpu else facts.trained + numbers
     if config.sharding == "full" and config.workers > 1:
         kept = -(-kept // config.workers) + 2 * facts.gathered
         kept = kept if config.use_gpu else max(kept, facts.parameters)

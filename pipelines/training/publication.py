@@ -33,7 +33,7 @@ _TEXT_FILES = (
 
 CURVE = "curve.json"
 """The figures of every logged step that do not depend on the clock."""
-_TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction")
+_TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction", "checkpoint_stall_seconds")
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Run:
         """In two new processes; their exit codes."""
         folder.mkdir(parents=True, exist_ok=True)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload(["pipelines.training.loop"])
         store = folder / f"store-{next(_STORES)}"
         ranks = [context.Process(target=_take_part, args=(self, folder, store, rank)) for rank in range(2)]
         for process in ranks:

@@ -61,6 +61,15 @@ def test_a_plan_multiplies_out() -> None:
     )
 
 
+def test_muon_needs_its_directions_beside_the_copy_and_a_gpu_holds_no_copy() -> None:
+    facts = dataclasses.replace(FACTS, trained_by_muon=600)
+    nothing = dataclasses.replace(FACTS, parameters=0, trained=0)
+    numbers = {False: 2 * 1000 + 1400 + 2 * 600 + 2400, True: 2 * 1000 + 1400 + 2 * 600}
+    for use_gpu, expected in numbers.items():
+        config = TRAINING.model_copy(update={"optim": OptimConfig(name="muon"), "use_gpu": use_gpu})
+        assert plan(facts, config).worker_bytes - plan(nothing, config).worker_bytes == 4 * expected
+
+
 @pytest.mark.parametrize(("workers", "numbers"), [(1, 7 * 1000), (2, 7 * 1000 / 2 + 2 * 150), (8, 7 * 125 + 2 * 150)])
 def test_a_sharded_worker_needs_its_part_and_what_it_gathers(workers: int, numbers: float) -> None:
     config = TRAINING.model_copy(update={"sharding": "full", "workers": workers})

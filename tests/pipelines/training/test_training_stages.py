@@ -73,7 +73,7 @@ class Watcher:
     def stage_progress(self, name: str, progress: Progress) -> None:
         if progress.note:
             self.notes.append(progress.note)
-        if progress.unit == "step":
+        elif progress.unit == "step":
             self.steps.append((name, progress.done))
         if name == "pretrain" and progress.done >= self.at:
             self.at = float("inf")
