@@ -42,12 +42,14 @@ from serving.openai.schema import (
     TokenizeRequest,
 )
 from serving.openai.stream import Answer, ChatAnswer, CompletionAnswer, server_sent_events
+from serving.timing import Waterfall, server_timing
 
 logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
 HEALTH_TIMEOUT_SECONDS = 5.0
+TIMING_HEADER = "Server-Timing"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -166,11 +168,16 @@ class _Routes:
         trace: Trace = request.scope["trace"]
         trace.request_id = f"{prefix}-{uuid.uuid4().hex}"
         call = asked.call(trace.request_id)
+        waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
         readings = await self._engine.read(call)
         if isinstance(readings, Refusal):
             raise ApiError(asked.named(readings))
         trace.count(readings.prompt_tokens, 0)
-        return JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
+        answer = JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
+        if waterfall is not None:
+            waterfall.note([(0, readings.spent)])
+            answer.headers[TIMING_HEADER] = server_timing(waterfall.whole)
+        return answer
 
     async def _answer(
         self, kind: type[Answer], prefix: str, asked: CompletionRequest | ChatRequest, request: Request
@@ -179,6 +186,8 @@ class _Routes:
         trace: Trace = request.scope["trace"]
         trace.request_id, trace.stream = f"{prefix}-{uuid.uuid4().hex}", asked.stream
         call = asked.call(trace.request_id)
+        waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
+        trace.waterfall = waterfall
         batches = trace.follow(self._engine.stream(call), self._metrics, asked.n)
         # The status line waits for the first batch, so that a refusal is an HTTP error and not an event.
         first = await anext(batches)
@@ -195,9 +204,15 @@ class _Routes:
         )
         if call.whole:
             await batches.aclose()
-            return JSONResponse(frame.whole(first))
-        body = server_sent_events(frame, first, batches, include_usage=asked.include_usage)
-        return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
+            answer: Response = JSONResponse(frame.whole(first))
+        else:
+            body = server_sent_events(frame, first, batches, include_usage=asked.include_usage, waterfall=waterfall)
+            answer = StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
+        if waterfall is not None:
+            answer.headers[TIMING_HEADER] = server_timing(
+                waterfall.whole if call.whole else waterfall.until_first_token
+            )
+        return answer
 
     async def _body(self, request: Request) -> bytes:
         """The request's body. Raises `ApiError`: 413 as soon as it is known to be too long, 408 if it is too slow."""

@@ -98,6 +98,8 @@ class _Request(Strict):
     structured_outputs: StructuredOutputs | None = None
     return_sampling: bool = False
     """Each choice says how it was sampled, defaults and seed included."""
+    return_timing: bool = False
+    """The answer says where its time went, in the header `Server-Timing`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +175,7 @@ class _Request(Strict):
             choices=self.n,
             echo=echo,
             report_sampling=self.return_sampling,
+            report_timing=self.return_timing,
             whole=not self.stream,
             tool_use=tool_use,
         )

@@ -19,6 +19,7 @@ from actors.tools import CallDelta, CallReader, read_calls
 from serving.calls import Piece, Refusal
 from serving.openai.errors import error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
+from serving.timing import Waterfall
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,9 +68,9 @@ class Answer(ABC):
         """Events before the first piece."""
         return iter(())
 
-    def usage_chunk(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The last event of a stream that was asked to say what it used; `pieces` are the last of each index."""
-        return {**self._frame(self.chunk_object, []), "usage": self.usage(pieces)}
+    def closing(self, **fields: Any) -> dict[str, Any]:
+        """The last event of a stream that was asked to say more than its texts."""
+        return {**self._frame(self.chunk_object, []), **fields}
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -195,6 +196,7 @@ async def server_sent_events(
     rest: AsyncGenerator[Sequence[Piece] | Refusal, None],
     *,
     include_usage: bool,
+    waterfall: Waterfall | None,
 ) -> AsyncIterator[bytes]:
     """The body of a streamed answer whose first batch is there already; closes `rest` however it ends."""
     last = {piece.index: piece for piece in first}
@@ -215,6 +217,9 @@ async def server_sent_events(
             logger.exception("request %s broke off", answer.id)
             yield event(error_body(BROKEN))
             return
-    if include_usage:
-        yield event(answer.usage_chunk([last[index] for index in sorted(last)]))
+    end: dict[str, Any] = {"usage": answer.usage([last[index] for index in sorted(last)])} if include_usage else {}
+    if waterfall is not None:
+        end["timing_ms"] = {name: round(value, 3) for name, value in waterfall.whole.items()}
+    if end:
+        yield event(answer.closing(**end))
     yield DONE

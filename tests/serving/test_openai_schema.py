@@ -280,7 +280,7 @@ def test_chunks_of_one_batch_are_joined_and_say_as_much_as_the_whole(kind: Any) 
     assert all(chunk["usage"] is None for chunk in chunks)
     text = json.dumps(chunks[0], ensure_ascii=False)
     assert '"ab"' in text
-    total = answer.usage_chunk([pieces[2], Piece(1, "", 3, 4, "stop")])["usage"]
+    total = answer.usage([pieces[2], Piece(1, "", 3, 4, "stop")])
     assert total == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
 
 
