@@ -171,6 +171,11 @@ class Call:
     tool_use: ToolUse | None = None
     """What the answers may call; None for texts alone."""
 
+    @property
+    def answers(self) -> int:
+        """How many there are to be."""
+        return len(self.prompts) * self.choices
+
 
 ReadTask = Literal["embeddings", "classify", "ner", "score"]
 

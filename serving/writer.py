@@ -128,7 +128,7 @@ class Writer:
 
     def _check(self, call: Call) -> None:
         """Raises `RequestError` for what this kind of model, or no model, does."""
-        if len(call.prompts) * call.choices > self._most_answers:
+        if call.answers > self._most_answers:
             raise RequestError(
                 "too many answers asked for in one request",
                 param="prompt" if call.choices == 1 else "n",

@@ -73,7 +73,8 @@ def test_a_negative_seed_is_a_seed() -> None:
 
 def test_without_a_seed_each_prompt_and_each_call_has_one_of_its_own() -> None:
     asked = completion(prompt=["a", "b"])
-    assert len({*asked.call("id").seeds, *asked.call("id").seeds}) == 4
+    assert len({*asked.call("cmpl-1").seeds, *asked.call("cmpl-2").seeds}) == 4
+    assert asked.call("cmpl-1") == asked.call("cmpl-1")
 
 
 @pytest.mark.parametrize("field", ["best_of", "suffix", "tools", "modalities", "top_logprobs"])
