@@ -18,11 +18,13 @@ from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from configs.schema.serving import ApiKey
-from serving.calls import Piece, Refusal
+from serving.calls import Piece, Refusal, Spent
 from serving.metrics import Metrics
+from serving.timing import Waterfall, proxy_seconds
 
 
 @dataclass
@@ -42,6 +44,10 @@ class Trace:
     first_token_seconds: float | None = None
     broken: bool = False
     """An error came after the first piece."""
+    proxy_seconds: float | None = None
+    """That the request was in the proxy before, if that says so."""
+    waterfall: Waterfall | None = None
+    """Where its time goes, if that was asked for."""
 
     @property
     def seconds(self) -> float:
@@ -57,6 +63,8 @@ class Trace:
         async with aclosing(batches):
             async for batch in batches:
                 if not isinstance(batch, Refusal):
+                    if self.waterfall is not None:
+                        self.waterfall.note((piece.index, piece.spent or Spent()) for piece in batch)
                     now = self.seconds
                     if self.stream:
                         self._time(batch, now, last, metrics)
@@ -115,7 +123,8 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        trace = scope["trace"] = Trace()
+        stamp = Headers(scope=scope).get("x-request-start", "")
+        trace = scope["trace"] = Trace(proxy_seconds=proxy_seconds(stamp))
         status, ended = 0, False
 
         async def watched(message: Message) -> None:

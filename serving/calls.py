@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from actors.engine.encodings import Encoding
@@ -159,6 +159,8 @@ class Call:
     """An answer begins with its prompt."""
     report_sampling: bool = False
     """An answer's last piece says how it was sampled."""
+    report_timing: bool = False
+    """Pieces say where the replica's time went."""
     whole: bool = False
     """All answers in one batch, once they are complete, instead of piece by piece."""
     begun: tuple[tuple[int, ...] | None, ...] | None = None
@@ -168,6 +170,11 @@ class Call:
     """Digest of the model that wrote them; no other can go on."""
     tool_use: ToolUse | None = None
     """What the answers may call; None for texts alone."""
+
+    @property
+    def answers(self) -> int:
+        """How many there are to be."""
+        return len(self.prompts) * self.choices
 
 
 ReadTask = Literal["embeddings", "classify", "ner", "score"]
@@ -189,6 +196,26 @@ class ReadCall:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """Where a replica's time with one answer went, in seconds."""
+
+    queue: float = 0.0
+    """From the call's arrival until the engine gave the answer a place; encoding the prompt is in it."""
+    prefill: float = 0.0
+    """From then until the first token, or until all that was to be read was."""
+    decode: float = 0.0
+    """From the first token on."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.queue + self.prefill + self.decode
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.queue + other.queue, self.prefill + other.prefill, self.decode + other.decode)
+
+
+@dataclass(frozen=True)
 class Readings:
     """What comes of a `ReadCall`: an encoding a text, or, for `score`, a number a pair."""
 
@@ -197,6 +224,8 @@ class Readings:
     prompt_tokens: int
     """Tokens read, in all."""
     model_digest: str
+    spent: Spent = field(default=Spent(), compare=False)
+    """Of the text that was read last."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +262,8 @@ class Piece:
     """The tokens behind it: with them another replica can go on."""
     convention: Convention | None = None
     """How calls are written in the text, if there may be any."""
+    spent: Spent | None = field(default=None, compare=False)
+    """The replica's time since the piece before, if it was asked for."""
 
     @classmethod
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
@@ -240,7 +271,9 @@ class Piece:
         last = pieces[-1]
         scores = None if last.scores is None else tuple(s for piece in pieces for s in piece.scores or ())
         ids = tuple(token for piece in pieces for token in piece.token_ids)
-        return replace(last, text="".join(piece.text for piece in pieces), token_ids=ids, scores=scores)
+        spent = None if last.spent is None else sum((piece.spent or Spent() for piece in pieces), Spent())
+        text = "".join(piece.text for piece in pieces)
+        return replace(last, text=text, token_ids=ids, scores=scores, spent=spent)
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,11 @@ class RemoteEngine:
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers in batches; closing the iterator, or cancelling its reader, cancels the call in the replica."""
-        sequences = len(call.prompts) * call.choices
-        refusal = self._door.refusal(sequences)
+        refusal = self._door.refusal(call.answers)
         if refusal is not None:
             yield refusal
             return
-        with self._door.passed(sequences):
+        with self._door.passed(call.answers):
             async with aclosing(self._relayed(call)) as batches:
                 async for batch in batches:
                     if isinstance(batch, Refusal) and batch.code == OverloadedError.code:

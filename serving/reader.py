@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from copy import copy
 
 from actors.engine.encoder import EncoderEngine
 from actors.engine.encodings import Classification, Embedding, EncodeEvent, EncodeRequest, Encoding, Task
 from actors.engine.stream import AsyncEngine
 from configs.errors import EngineError, GanymedeError
-from serving.calls import Capability, ReadCall, Readings, ReadTask, Refusal
+from serving.calls import Capability, ReadCall, Readings, ReadTask, Refusal, Spent
+from serving.timing import Lap
 
 _TASKS: dict[ReadTask, Task] = {"embeddings": "embed", "classify": "classify", "ner": "tag"}
 
@@ -48,30 +50,32 @@ class Reader:
         if call.task not in self.capabilities:
             return Refusal.incapable(call.task, self.capabilities)
         try:
-            events = await self._run(_requests(call, self._task))
+            events, spent = await self._run(_requests(call, self._task))
         except GanymedeError as error:
             return Refusal.of(error)
         encodings = [event.encoding for event in events if event.encoding is not None]
         tokens = sum(event.prompt_tokens for event in events)
         if call.task == "score":
-            return Readings((), _scores(encodings), tokens, self._digest)
-        return Readings(tuple(encodings), (), tokens, self._digest)
+            return Readings((), _scores(encodings), tokens, self._digest, spent)
+        return Readings(tuple(encodings), (), tokens, self._digest, spent)
 
-    async def _run(self, requests: Sequence[EncodeRequest]) -> list[EncodeEvent]:
-        """Runs requests; raises the first error, and cancels the others then."""
+    async def _run(self, requests: Sequence[EncodeRequest]) -> tuple[list[EncodeEvent], Spent]:
+        """Runs requests; raises the first error, and cancels the others then. Their events, and the longest's time."""
         room = asyncio.Semaphore(self._most_in_flight)
+        lap = Lap()
 
-        async def one(request: EncodeRequest) -> EncodeEvent:
+        async def one(request: EncodeRequest) -> tuple[EncodeEvent, Spent]:
             async with room:
                 async for event in self._running.stream(request):
                     if event.error is not None:
                         raise event.error
-                    return event
+                    return event, copy(lap).next(event)
             raise EngineError(f"request {request.id} ended without a result")
 
         tasks = [asyncio.create_task(one(request)) for request in requests]
         try:
-            return list(await asyncio.gather(*tasks))
+            done = await asyncio.gather(*tasks)
+            return [event for event, _ in done], max((spent for _, spent in done), key=lambda spent: spent.total)
         finally:
             for task in tasks:
                 task.cancel()

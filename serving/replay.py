@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._given: list[list[int] | None] = [[] for _ in range(len(call.prompts) * call.choices)]
+        self._given: list[list[int] | None] = [[] for _ in range(call.answers)]
         self._digest: str | None = None
         self._losses = 0
         self._stalled = 0

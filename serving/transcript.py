@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from actors.engine.request import Request, TokenEvent, TokenLogprob
     from actors.text import Text
     from actors.tools import Convention
+    from serving.timing import Lap
 
 
 class Transcript:
@@ -24,6 +25,7 @@ class Transcript:
         echo: the prompt's text, if the answer begins with it.
         report_sampling: whether the last piece says how the answer was sampled.
         convention: how calls of tools are written in the answer, if there may be any.
+        lap: measures where the time goes, if pieces are to say so.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Transcript:
         echo: str | None,
         report_sampling: bool,
         convention: Convention | None,
+        lap: Lap | None,
     ) -> None:
         self._index = index
         self._request = request
@@ -45,6 +48,7 @@ class Transcript:
         self._report_sampling = report_sampling
         self._scored = request.sampling.logprobs is not None
         self._convention = convention
+        self._lap = lap
         self._decoder = text.stream_decoder(request.spelt)
         self._length = 0
         """Characters of the tokens scored so far."""
@@ -78,6 +82,7 @@ class Transcript:
             scores=tuple(scores) if self._scored else None,
             convention=self._convention,
             sampling=self._request.sampling if self._report_sampling and reason is not None else None,
+            spent=None if self._lap is None else self._lap.next(event),
         )
 
     def _prompt(self, event: TokenEvent) -> list[TokenScore]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from copy import copy
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,7 @@ from actors.tools import Convention
 from configs.errors import GanymedeError, RequestError
 from configs.schema.generation import Structure
 from serving.calls import Call, Conversation, Piece, Prompt, Refusal, is_long
+from serving.timing import Lap
 from serving.transcript import Transcript
 
 
@@ -53,6 +55,7 @@ class Writer:
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers, in batches: pieces that have come since the last one, or all of them whole."""
         parts: dict[int, list[Piece]] = {}
+        lap = Lap() if call.report_timing else None
         try:
             self._check(call)
             convention = self._convention(call)
@@ -65,7 +68,8 @@ class Writer:
             encode = partial(self._requests, call, convention)
             requests = await asyncio.to_thread(encode) if is_long(call.prompts) else encode()
             transcripts = {
-                index: self._transcript(call, index, request, convention) for index, request in requests.items()
+                index: self._transcript(call, index, request, convention, copy(lap))
+                for index, request in requests.items()
             }
             async with aclosing(self._events(requests)) as batches:
                 async for batch in batches:
@@ -124,7 +128,7 @@ class Writer:
 
     def _check(self, call: Call) -> None:
         """Raises `RequestError` for what this kind of model, or no model, does."""
-        if len(call.prompts) * call.choices > self._most_answers:
+        if call.answers > self._most_answers:
             raise RequestError(
                 "too many answers asked for in one request",
                 param="prompt" if call.choices == 1 else "n",
@@ -170,7 +174,9 @@ class Writer:
             if given is not None
         }
 
-    def _transcript(self, call: Call, index: int, request: Request, convention: Convention | None) -> Transcript:
+    def _transcript(
+        self, call: Call, index: int, request: Request, convention: Convention | None, lap: Lap | None
+    ) -> Transcript:
         prompt = call.prompts[index // call.choices]
         echo = None
         if call.echo:
@@ -183,6 +189,7 @@ class Writer:
             echo=echo,
             report_sampling=call.report_sampling,
             convention=convention,
+            lap=lap,
         )
 
     def _limit(self, call: Call, prompt_tokens: int, param: str) -> int:

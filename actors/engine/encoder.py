@@ -11,7 +11,9 @@ cancel, step, has_work), so that `stream.AsyncEngine` runs either. A model does 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -138,7 +140,9 @@ class EncoderEngine:
     def step(self) -> list[EncodeEvent]:
         """Runs one batch, in parts if the device has no memory for all of it at once; its requests' events."""
         batch = [self._waiting.pop(key) for key in self._queue.take()]
-        return in_parts(self._run, batch, _failed) if batch else []
+        began = time.monotonic()
+        events = in_parts(self._run, batch, _failed) if batch else []
+        return [replace(event, began=began) for event in events]
 
     def encode(self, requests: Sequence[EncodeRequest]) -> list[EncodeEvent]:
         """Runs requests to their end, however many; events in the order of the requests.

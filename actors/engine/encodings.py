@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.errors import GanymedeError
@@ -83,6 +83,8 @@ class EncodeEvent:
     finish_reason: Literal["stop", "error"] = "stop"
     error: GanymedeError | None = None
     """Set if and only if `encoding` is not there."""
+    began: float | None = field(default=None, compare=False)
+    """When its batch was begun, seconds of `time.monotonic`; None if it was in none."""
 
 
 def spans(words: Sequence[Piece]) -> tuple[Piece, ...]:

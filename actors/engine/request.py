@@ -103,6 +103,8 @@ class TokenEvent:
     """One a new token, if they were asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """One a prompt token after the first; in the first event of a request that asked for them."""
+    began: float | None = field(default=None, compare=False)
+    """When the request was first given a place, seconds of `time.monotonic`; None if it needed none."""
 
 
 @dataclass(frozen=True)

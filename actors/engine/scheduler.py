@@ -7,6 +7,7 @@ starves. A step holds one token of every decoding sequence, and chunks of prompt
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
@@ -168,6 +169,8 @@ class Scheduler:
         ):
             sequence = self.waiting.popleft()
             self.rows.seat(sequence)
+            if sequence.began is None:
+                sequence.began = time.monotonic()
             running.append(sequence)
             self._follow(sequence)
             filling += sequence not in self._led

@@ -11,6 +11,7 @@ with the tokens that the model's generation config names.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
@@ -298,10 +299,11 @@ class Seq2SeqEngine:
         """Gives rows of the sources' cache to those that wait, first come, first served."""
         seated = len(self._flights) - len(self._waiting)
         while self._waiting and seated < self._max_sequences:
-            source = self._flights[self._waiting[0]].source
-            if not self._source_rows.seat(source):
+            flight = self._flights[self._waiting[0]]
+            if not self._source_rows.seat(flight.source):
                 break
-            self._unread.add(self._waiting.popleft(), len(source.tokens))
+            flight.target.began = time.monotonic()
+            self._unread.add(self._waiting.popleft(), len(flight.source.tokens))
             seated += 1
         self._cross_cache.obey(self._source_rows.take_commands())
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Sequence:
     """What is known of a request in flight. The scheduler owns `cached`, `row`,
-    `arrival` and `reused`; the rest changes by the methods alone.
+    `arrival`, `began` and `reused`; the rest changes by the methods alone.
     """
 
     request: Request
@@ -36,6 +36,8 @@ class Sequence:
     """The row of the cache they are in; -1 while there is none."""
     arrival: int = 0
     """How many sequences came before."""
+    began: float | None = None
+    """When it was first given a place, seconds of `time.monotonic`; None while it waits for that."""
     reused: int = 0
     """Tokens whose keys and values were copied from another sequence's row."""
     _prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -146,6 +148,7 @@ class Sequence:
             finish_reason=reason,
             error=error,
             cached_tokens=self.reused,
+            began=self.began,
             logprobs=logprobs,
             prompt_logprobs=tuple(self._prompt_logprobs) if scored else None,
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from infra.cli.output import Debug, Json, print_json
 from infra.local import route_logs, state_home
+
+if TYPE_CHECKING:
+    from infra.promotion import Promotion
 
 _ALIAS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 Alias = Annotated[str, typer.Option("--to", metavar="ALIAS", help="Alias of the registry that is moved.")]
@@ -46,12 +49,8 @@ def promote(
     differences are tested in pairs, and what is noise is neither a gain nor a loss. Exits with 1, and changes nothing,
     if a condition fails. ganymede rollback goes back.
     """
-    from actors.store.artifacts import ArtifactStore
-    from actors.store.registry import Registry
-    from actors.store.tracker import tracking_uri
     from configs.schema.evaluation import Conditions
-    from pipelines.evaluation.gate import gate
-    from pipelines.evaluation.promotion import measure
+    from infra.promotion import promote
 
     _check_alias(to)
     conditions = Conditions(
@@ -60,38 +59,12 @@ def promote(
     )  # fmt: skip
     home = state_home()
     route_logs(home)
-    registry = Registry.open(tracking_uri(home))
-    candidate = registry.resolve(model)
-    holder = registry.holder(candidate.name, to)
-    found: dict[str, Any] = {
-        "model": str(candidate),
-        "artifact": candidate.ref,
-        "alias": to,
-        "before": str(holder) if holder else None,
-    }
-    if holder is not None and holder.version == candidate.version:
-        if as_json:
-            print_json({**found, "passed": True, "moved": False, "reasons": [], "reports": []})
-        else:
-            typer.echo(f"{candidate} is {to} already")
-        return
-    scores, reports = measure(candidate, holder, ArtifactStore(home / "artifacts"))
-    decision = gate(scores, conditions)
-    if decision.passed and not dry_run:
-        registry.set_alias(candidate.name, to, candidate.version)
-    moved = decision.passed and not dry_run
+    result = promote(model, to, conditions, home=home, dry_run=dry_run)
     if as_json:
-        found |= {"passed": decision.passed, "moved": moved, "reasons": decision.reasons, "reports": reports}
-        print_json(found)
+        print_json(_as_json(result))
     else:
-        for reason in decision.reasons or ("no condition was set, and no model is held against it",):
-            typer.echo(f"  {reason}")
-        verdict = "passed" if decision.passed else "did not pass"
-        if moved:
-            typer.echo(f"{candidate.name}@{to} is {candidate} now; it was {holder or 'unset'}")
-        else:
-            typer.echo(f"the gate {verdict}, and nothing was changed: {candidate.name}@{to} is {holder or 'unset'}")
-    if not decision.passed:
+        _tell(result)
+    if not result.decision.passed:
         raise typer.Exit(1)
 
 
@@ -116,6 +89,34 @@ def rollback(
         print_json({"alias": to, "before": str(left), "model": str(now), "artifact": now.ref})
     else:
         typer.echo(f"{name}@{to} is {now} ({now.ref}) again; it was {left} ({left.ref})")
+
+
+def _as_json(result: Promotion) -> dict[str, Any]:
+    return {
+        "model": str(result.candidate),
+        "artifact": result.candidate.ref,
+        "alias": result.alias,
+        "before": str(result.holder) if result.holder else None,
+        "passed": result.decision.passed,
+        "moved": result.moved,
+        "reasons": result.decision.reasons,
+        "reports": result.reports,
+    }
+
+
+def _tell(result: Promotion) -> None:
+    candidate, decision, before = result.candidate, result.decision, result.holder or "unset"
+    if result.standing:
+        typer.echo(f"{candidate} is {result.alias} already")
+        return
+    for reason in decision.reasons or ("no condition was set, and no model is held against it",):
+        typer.echo(f"  {reason}")
+    alias = f"{candidate.name}@{result.alias}"
+    if result.moved:
+        typer.echo(f"{alias} is {candidate} now; it was {before}")
+    else:
+        verdict = "passed" if decision.passed else "did not pass"
+        typer.echo(f"the gate {verdict}, and nothing was changed: {alias} is {before}")
 
 
 def _check_alias(alias: str) -> None:

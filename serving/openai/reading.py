@@ -37,6 +37,8 @@ class _ReadRequest(Strict):
     """Whether the end of a text that is longer than the model's window is left out; it is refused otherwise."""
     user: str | None = None
     """Who asks, for the client's own records; has no effect."""
+    return_timing: bool = False
+    """The answer says where its time went, in the header `Server-Timing`."""
 
     text_field: ClassVar[str] = "input"
 

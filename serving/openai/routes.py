@@ -35,6 +35,7 @@ from serving.openai.reading import (
     ScoreRequest,
     read_answer,
 )
+from serving.openai.resume import HEADER, EventId, begin
 from serving.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -42,12 +43,14 @@ from serving.openai.schema import (
     TokenizeRequest,
 )
 from serving.openai.stream import Answer, ChatAnswer, CompletionAnswer, server_sent_events
+from serving.timing import Waterfall, server_timing
 
 logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
 HEALTH_TIMEOUT_SECONDS = 5.0
+TIMING_HEADER = "Server-Timing"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -166,38 +169,52 @@ class _Routes:
         trace: Trace = request.scope["trace"]
         trace.request_id = f"{prefix}-{uuid.uuid4().hex}"
         call = asked.call(trace.request_id)
+        waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
         readings = await self._engine.read(call)
         if isinstance(readings, Refusal):
             raise ApiError(asked.named(readings))
         trace.count(readings.prompt_tokens, 0)
-        return JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
+        answer = JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
+        if waterfall is not None:
+            waterfall.note([(0, readings.spent)])
+            answer.headers[TIMING_HEADER] = server_timing(waterfall.whole)
+        return answer
 
     async def _answer(
         self, kind: type[Answer], prefix: str, asked: CompletionRequest | ChatRequest, request: Request
     ) -> Response:
         self._require(request, asked.model)
         trace: Trace = request.scope["trace"]
-        trace.request_id, trace.stream = f"{prefix}-{uuid.uuid4().hex}", asked.stream
+        event_id = _last_event_id(asked, request)
+        trace.stream = asked.stream
+        trace.request_id = f"{prefix}-{uuid.uuid4().hex}" if event_id is None else event_id.source.call_id
         call = asked.call(trace.request_id)
+        if event_id is not None:
+            refusal = event_id.check(asked, call, self._model.digest)
+            if refusal is not None:
+                raise ApiError(refusal)
+            call = event_id.again(call, self._model.digest)
+        waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
+        trace.waterfall = waterfall
         batches = trace.follow(self._engine.stream(call), self._metrics, asked.n)
-        # The status line waits for the first batch, so that a refusal is an HTTP error and not an event.
-        first = await anext(batches)
-        if isinstance(first, Refusal):
+        begun = await begin(batches, asked, call, event_id)
+        if isinstance(begun, Refusal):
             await batches.aclose()
-            raise ApiError(asked.named(first))
-        frame = kind(
-            call.id,
-            int(time.time()),
-            asked.model,
-            fingerprint(first[0].model_digest),
-            asked.n,
-            functions=() if call.tool_use is None else tuple(each.name for each in call.tool_use.functions),
-        )
+            raise ApiError(asked.named(begun))
+        source = begun.cursor.source
+        functions = () if call.tool_use is None else tuple(each.name for each in call.tool_use.functions)
+        frame = kind(source.call_id, source.created, asked.model, source.fingerprint, asked.n, functions=functions)
         if call.whole:
             await batches.aclose()
-            return JSONResponse(frame.whole(first))
-        body = server_sent_events(frame, first, batches, include_usage=asked.include_usage)
-        return StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
+            answer: Response = JSONResponse(frame.whole(begun.first))
+        else:
+            body = server_sent_events(frame, begun, batches, include_usage=asked.include_usage, waterfall=waterfall)
+            answer = StreamingResponse(body, media_type="text/event-stream", headers=SSE_HEADERS)
+        if waterfall is not None:
+            answer.headers[TIMING_HEADER] = server_timing(
+                waterfall.whole if call.whole else waterfall.until_first_token
+            )
+        return answer
 
     async def _body(self, request: Request) -> bytes:
         """The request's body. Raises `ApiError`: 413 as soon as it is known to be too long, 408 if it is too slow."""
@@ -228,6 +245,16 @@ class _Routes:
 def _may_ask(request: Request, model: str) -> bool:
     key: ApiKey | None = request.scope.get("key")
     return key is None or not key.models or model in key.models
+
+
+def _last_event_id(asked: CompletionRequest | ChatRequest, request: Request) -> EventId | None:
+    """The event that a stream is to go on from, if one is named. Raises `ApiError` if none can."""
+    named = request.headers.get(HEADER)
+    if named is None:
+        return None
+    if not asked.stream:
+        raise ApiError.bad_request(f"{HEADER} is allowed only with stream: true", param=HEADER, code="invalid_value")
+    return _accepted(EventId.parse(named))
 
 
 def _accepted(result: T | Refusal) -> T:

@@ -6,8 +6,8 @@ another answer than it asked for.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import replace
+from hashlib import blake2b
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -98,6 +98,8 @@ class _Request(Strict):
     structured_outputs: StructuredOutputs | None = None
     return_sampling: bool = False
     """Each choice says how it was sampled, defaults and seed included."""
+    return_timing: bool = False
+    """The answer says where its time went, in the header `Server-Timing`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -167,21 +169,25 @@ class _Request(Strict):
         return Call(
             id=call_id,
             prompts=prompts,
-            seeds=self._seeds(len(prompts)),
+            seeds=self._seeds(call_id, len(prompts)),
             sampling=sampling,
             max_new_tokens=max_new_tokens,
             choices=self.n,
             echo=echo,
             report_sampling=self.return_sampling,
+            report_timing=self.return_timing,
             whole=not self.stream,
             tool_use=tool_use,
         )
 
-    def _seeds(self, prompts: int) -> tuple[int, ...]:
-        """The seed that is asked for, or a random one for each prompt: drawn here, so that any replica draws alike."""
+    def _seeds(self, call_id: str, prompts: int) -> tuple[int, ...]:
+        """The seed that is asked for, or one for each prompt that follows from the call's id, which is random: so any
+        replica draws alike, and a stream that was cut can be written again.
+        """
         if self.seed is not None:
             return (self.seed % (1 << SEED_BITS),) * prompts
-        return tuple(secrets.randbits(SEED_BITS) for _ in range(prompts))
+        names = (f"{call_id}/{index}".encode() for index in range(prompts))
+        return tuple(int.from_bytes(blake2b(name, digest_size=8).digest()) % (1 << SEED_BITS) for name in names)
 
 
 class CompletionRequest(_Request):

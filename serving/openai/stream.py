@@ -2,6 +2,8 @@
 
 The same pieces make both, so the texts of a stream joined are the text of the whole answer. An error after the first
 piece is an event of its own, because the status line has been sent by then; `data: [DONE]` follows only a whole answer.
+Events that say something of an answer have ids, from which a stream that was cut goes on (`resume`); its opening and
+its end have none.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from actors.tools import CallDelta, CallReader, read_calls
 from serving.calls import Piece, Refusal
 from serving.openai.errors import error_body
 from serving.openai.logprobs import chat_logprobs, completion_logprobs
+from serving.openai.resume import Begun, Cursor
+from serving.timing import Waterfall
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,9 +71,9 @@ class Answer(ABC):
         """Events before the first piece."""
         return iter(())
 
-    def usage_chunk(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The last event of a stream that was asked to say what it used; `pieces` are the last of each index."""
-        return {**self._frame(self.chunk_object, []), "usage": self.usage(pieces)}
+    def closing(self, **fields: Any) -> dict[str, Any]:
+        """The last event of a stream that was asked to say more than its texts."""
+        return {**self._frame(self.chunk_object, []), **fields}
 
     def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -175,12 +179,16 @@ def _common(piece: Piece) -> dict[str, Any]:
     return fields if piece.sampling is None else {**fields, "sampling": piece.sampling.model_dump(mode="json")}
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
-    """One piece an index, without those that neither say nor end anything."""
+def _by_index(pieces: Sequence[Piece]) -> list[list[Piece]]:
     parts: dict[int, list[Piece]] = {}
     for piece in pieces:
         parts.setdefault(piece.index, []).append(piece)
-    merged = map(Piece.joined, parts.values())
+    return list(parts.values())
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """One piece an index, without those that neither say nor end anything."""
+    merged = map(Piece.joined, _by_index(pieces))
     return [piece for piece in merged if piece.text or piece.scores or piece.finish_reason]
 
 
@@ -189,32 +197,53 @@ def event(data: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+def _events(answer: Answer, cursor: Cursor, batch: Sequence[Piece], *, include_usage: bool) -> bytes:
+    """The events of a batch, each with the id that a client which has it can go on from."""
+    found = b""
+    for pieces in _by_index(batch):
+        cursor.advance(pieces)
+        for chunk in answer.chunks(pieces, include_usage=include_usage):
+            found += f"id: {cursor.event_id}\n".encode() + event(chunk)
+    return found
+
+
 async def server_sent_events(
     answer: Answer,
-    first: Sequence[Piece],
+    begun: Begun,
     rest: AsyncGenerator[Sequence[Piece] | Refusal, None],
     *,
     include_usage: bool,
+    waterfall: Waterfall | None,
 ) -> AsyncIterator[bytes]:
-    """The body of a streamed answer whose first batch is there already; closes `rest` however it ends."""
-    last = {piece.index: piece for piece in first}
-    head = [*answer.opening(include_usage=include_usage), *answer.chunks(first, include_usage=include_usage)]
+    """The body of a streamed answer that has begun; closes `rest` however it ends.
+
+    What the client has of a stream that goes on is not given out again, nor is the answer opened again.
+    """
+    cursor, had = begun.cursor, begun.had or ()
+    last = {piece.index: piece for piece in (*had, *begun.first)}
+    for _ in answer.chunks(had, include_usage=False):
+        pass  # a call of a function that was half given out goes on from there
+    opening = answer.opening(include_usage=include_usage) if begun.had is None else ()
+    head = b"".join(map(event, opening)) + _events(answer, cursor, begun.first, include_usage=include_usage)
     async with aclosing(rest):
         try:
             if head:
-                yield b"".join(map(event, head))
+                yield head
             async for batch in rest:
                 if isinstance(batch, Refusal):
                     yield event(error_body(batch))
                     return
                 last.update((piece.index, piece) for piece in batch)
-                chunks = b"".join(map(event, answer.chunks(batch, include_usage=include_usage)))
+                chunks = _events(answer, cursor, batch, include_usage=include_usage)
                 if chunks:
                     yield chunks
         except Exception:
             logger.exception("request %s broke off", answer.id)
             yield event(error_body(BROKEN))
             return
-    if include_usage:
-        yield event(answer.usage_chunk([last[index] for index in sorted(last)]))
+    end: dict[str, Any] = {"usage": answer.usage([last[index] for index in sorted(last)])} if include_usage else {}
+    if waterfall is not None:
+        end["timing_ms"] = {name: round(value, 3) for name, value in waterfall.whole.items()}
+    if end:
+        yield event(answer.closing(**end))
     yield DONE

@@ -162,6 +162,15 @@ def test_an_async_client_is_answered(endpoint: Endpoint) -> None:
     assert len(set(texts)) == 1
 
 
+def test_an_answer_says_how_long_it_was_in_the_proxy_whatever_its_client_says(http: httpx.Client) -> None:
+    body = {"model": "tiny", "prompt": "def", "max_tokens": 4, "return_timing": True}
+    long_ago = {"X-Request-Start": "t=1000000000000000"}
+    answer = http.post("/v1/completions", json=body, headers=long_ago)
+    phases = dict(entry.split(";dur=") for entry in answer.headers["server-timing"].split(", "))
+    assert next(iter(phases)) == "proxy"
+    assert 0 < float(phases["proxy"]) < float(phases["total"]) < 60_000
+
+
 def test_an_answer_ends_before_a_stop_string(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": "def open", "temperature": 0, "max_tokens": 30}
     text = client.completions.create(**asked).choices[0].text

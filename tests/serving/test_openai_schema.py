@@ -73,7 +73,8 @@ def test_a_negative_seed_is_a_seed() -> None:
 
 def test_without_a_seed_each_prompt_and_each_call_has_one_of_its_own() -> None:
     asked = completion(prompt=["a", "b"])
-    assert len({*asked.call("id").seeds, *asked.call("id").seeds}) == 4
+    assert len({*asked.call("cmpl-1").seeds, *asked.call("cmpl-2").seeds}) == 4
+    assert asked.call("cmpl-1") == asked.call("cmpl-1")
 
 
 @pytest.mark.parametrize("field", ["best_of", "suffix", "tools", "modalities", "top_logprobs"])
@@ -280,7 +281,7 @@ def test_chunks_of_one_batch_are_joined_and_say_as_much_as_the_whole(kind: Any) 
     assert all(chunk["usage"] is None for chunk in chunks)
     text = json.dumps(chunks[0], ensure_ascii=False)
     assert '"ab"' in text
-    total = answer.usage_chunk([pieces[2], Piece(1, "", 3, 4, "stop")])["usage"]
+    total = answer.usage([pieces[2], Piece(1, "", 3, 4, "stop")])
     assert total == {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
 
 
