@@ -121,6 +121,14 @@ class ShardReader:
         offsets = self._batch().column("tokens").offsets.to_numpy()
         return offsets - offsets[0]
 
+    def column(self, name: str) -> pa.Array:
+        """What is said of each document beside its tokens; only its own blocks are checked. Raises as `read` does."""
+        found = self._batch().column(name)
+        for buffer in filter(None, found.buffers()):
+            begin = buffer.address - self._content.address
+            self._verify(begin, begin + buffer.size)
+        return found
+
     def documents(self) -> pa.RecordBatch:
         """All columns, after every block was checked. Raises as `read` does."""
         self._verify(0, self._record.size_bytes)

@@ -8,13 +8,20 @@ hold some. A corpus that was never checked against the set is no reason to refus
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
+
+import blake3
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.store.artifacts import Artifact, ArtifactStore
 from configs.artifacts import Manifest, Ref
 from configs.errors import ArtifactError, DataError
 from pipelines.corpus.contamination import HELD_OUT, held_out_pairs, set_digest
+from pipelines.corpus.reading import ShardFolder, TokenStream
 from pipelines.corpus.shards import CorpusIndex
 from pipelines.evaluation.items import Item, longest_text
 
@@ -77,44 +84,64 @@ def _check(model: str, corpus: Artifact, data: Artifact, wanted: str) -> Known:
 
 
 def check_items(label: str, model: Artifact, store: ArtifactStore, task: str, items: Sequence[Item]) -> dict[str, str]:
-    """What is known, by dataset in a model's lineage, of the task's items among its training examples.
+    """What is known, by dataset and corpus in a model's lineage, of the task's items among what was trained on.
 
-    An item counts as learned if its longest text is a text of a training example, case and blanks aside. Up to
-    one item in a hundred may be: sets repeat themselves; such items are named in the report.
+    An item counts as learned if its longest text is a text of a training example, case and blanks aside, or a whole
+    document of a corpus's training split; of passages in longer documents the corpus's own gate knows. Up to one item
+    in a hundred may be: sets repeat themselves; such items are named in the report.
 
     Raises:
         DataError: the model learned from the set.
     """
     found: dict[str, str] = {}
-    texts = [_normal(longest_text(item)) for item in items]
+    texts = [longest_text(item) for item in items]
     for ref, _, manifest in ancestors([model.manifest], store):
-        if Ref.parse(ref).kind != "dataset":
+        kind = Ref.parse(ref).kind
+        if kind not in _LEARNED_FROM:
             continue
         if manifest is None:
             found[ref] = "removed"
             continue
-        learned = _training_texts(store.get(ref, verify=False))
-        known = sum(text in learned for text in texts)
+        known = _LEARNED_FROM[kind](store.get(ref, verify=False).path, texts)
         if known > len(items) * _REPEATED:
             raise DataError(
                 f"models.{label} may not be scored on {task}: it learned from {ref}, which holds its items",
-                received=f"{known} of {len(items)} items are training examples",
+                received=f"{known} of {len(items)} items were trained on",
                 allowed="a task whose items the model has not learned from",
                 next_step="score it on other data, or train it without them",
             )
-        found[ref] = "clean" if not known else f"{known} of {len(items)} items are training examples"
+        found[ref] = "clean" if not known else f"{known} of {len(items)} items were trained on"
     return found
 
 
-def _training_texts(dataset: Artifact) -> set[str]:
-    path = dataset.path / "train.jsonl"
+def _in_dataset(dataset: Path, texts: Sequence[str]) -> int:
+    """How many of the texts are those of training examples."""
+    path = dataset / "train.jsonl"
     if not path.is_file():
-        return set()
+        return 0
     with path.open(encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    texts = {" ".join(record["words"]) if "words" in record else "" for record in records}
-    texts |= {str(value) for record in records for key, value in record.items() if key in ("text", "prompt")}
-    return {_normal(text) for text in texts} - {""}
+    learned = {" ".join(record["words"]) if "words" in record else "" for record in records}
+    learned |= {str(value) for record in records for key, value in record.items() if key in ("text", "prompt")}
+    normal = {_normal(text) for text in learned} - {""}
+    return sum(_normal(text) in normal for text in texts)
+
+
+def _in_corpus(corpus: Path, texts: Sequence[str]) -> int:
+    """How many of the texts are documents of the training split, by the hashes that stand in its shards."""
+    index = CorpusIndex.load(corpus)
+    record = index.splits["train"]
+    stream = TokenStream(ShardFolder(corpus), record, index.block_bytes)
+    digests = [blake3.blake3(unicodedata.normalize("NFC", text).encode()).hexdigest() for text in texts]
+    wanted = pa.array(sorted(set(digests)))
+    learned: set[str] = set()
+    for number in range(len(record.shards)):
+        column = stream.reader(number).column("blake3")
+        learned.update(column.filter(pc.is_in(column, value_set=wanted)).to_pylist())
+    return sum(digest in learned for digest in digests)
+
+
+_LEARNED_FROM: Mapping[str, Callable[[Path, Sequence[str]], int]] = {"dataset": _in_dataset, "corpus": _in_corpus}
 
 
 def _normal(text: str) -> str:

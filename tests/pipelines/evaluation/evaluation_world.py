@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import blake3
 import numpy as np
 import pyarrow as pa
 import torch
@@ -23,7 +24,15 @@ from configs.artifacts import Identity, Ref
 from configs.schema.evaluation import EvaluateConfig
 from configs.schema.model import ModelConfig
 from pipelines.corpus.instructions import Pair
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_schema, token_column, write_split
+from pipelines.corpus.shards import (
+    BLOCK_BYTES,
+    INDEX,
+    CorpusIndex,
+    SplitRecord,
+    document_schema,
+    token_column,
+    write_split,
+)
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.stage import Progress, StageContext
 from pipelines.training.models import build_model, save_model
@@ -36,6 +45,8 @@ PAIRS = [
     Pair(id="g1", task="signature", prompt="Negative of a: neg", completion="def neg(a):", source="m:neg"),
     Pair(id="g2", task="signature", prompt="word " * 200, completion="def too_long():", source="m:too_long"),
 ]
+TRAINED_ON = [f"def trained_on_{n}(): ..." for n in range(8)]
+_SPLITS = {"train": TRAINED_ON, "validation": TEXTS}
 CONFIG = EvaluateConfig(
     models={"pretrained": "pretrain", "finetuned": "finetune"},
     corpus="corpus",
@@ -102,22 +113,14 @@ def make_world(root: Path) -> World:
     text = Text.load(tokenizer.path)
 
     folder = _new(root, "corpus")
-    documents = [np.array([*text.encode(t), 0], dtype=np.uint16) for t in TEXTS]
-    columns = [
-        pa.array([f"{n}.py" for n in range(len(TEXTS))]),
-        pa.array([len(t) for t in TEXTS], pa.uint64()),
-        pa.array(["00"] * len(TEXTS)),
-        token_column(documents, "uint16"),
-    ]
-    batch = pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
-    record = write_split(folder, "validation", [batch], shard_tokens=10_000)
+    splits = {split: _write_split(folder, split, texts, text) for split, texts in _SPLITS.items()}
     index = CorpusIndex(
         dtype="uint16",
         vocab_size=text.vocab_size,
         end_of_text_id=0,
         contract=contract.hash,
         block_bytes=BLOCK_BYTES,
-        splits={"validation": record},
+        splits=splits,
     )
     (folder / INDEX).write_text(index.model_dump_json())
     corpus = publish(store, "corpus", "demo-corpus", folder, {"tokenizer": tokenizer}, "run-corpus")
@@ -136,6 +139,18 @@ def make_world(root: Path) -> World:
     finetuned = publish(store, "model", "demo-finetune", _model_folder(root, "finetuned", model, tokenizer), made_from)
     models = {"models.pretrained": pretrained, "models.finetuned": finetuned}
     return World(store, {**models, "corpus": corpus, "data": data})
+
+
+def _write_split(folder: Path, split: str, texts: list[str], text: Text) -> SplitRecord:
+    documents = [np.array([*text.encode(t), 0], dtype=np.uint16) for t in texts]
+    columns = [
+        pa.array([f"{n}.py" for n in range(len(texts))]),
+        pa.array([len(t) for t in texts], pa.uint64()),
+        pa.array([blake3.blake3(t.encode()).hexdigest() for t in texts]),
+        token_column(documents, "uint16"),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=document_schema("uint16"))
+    return write_split(folder, split, [batch], shard_tokens=10_000)
 
 
 def _new(root: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from evaluation_world import PAIRS, World, endpoint, publish, stage_context
+from evaluation_world import PAIRS, TEXTS, TRAINED_ON, World, endpoint, publish, stage_context
 
 from actors.engine.engine import Engine
 from actors.engine.request import Request
@@ -186,6 +186,23 @@ def test_a_model_is_not_scored_on_what_it_learned_from(world: World, tmp_path: P
     config = TasksConfig(models={"m": "x"}, tasks=(str(tmp_path / "t.yaml"),))
     with pytest.raises(DataError, match="learned from dataset/learned"):
         TasksStage().run(config, {"models.m": model}, stage_context(tmp_path, world.store))
+
+
+def test_a_model_is_not_scored_on_documents_of_its_corpus(world: World, tmp_path: Path) -> None:
+    def asked(name: str, texts: list[str]) -> Any:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        source = {"format": "jsonl", "evaluation": str(tmp_path / f"{name}.jsonl"), "get": "it"}
+        task = {"description": "d", "kind": "language_modelling", "data": source}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task))
+        config = TasksConfig(models={"m": "x"}, tasks=(str(tmp_path / f"{name}.yaml"),))
+        model = {"models.m": world.inputs["models.finetuned"]}
+        return TasksStage().run(config, model, stage_context(tmp_path / name, world.store))
+
+    with pytest.raises(DataError, match=r"learned from corpus/demo-corpus@1, which holds its items; .*8 of 100"):
+        asked("learned", [*TRAINED_ON, *(f"text {n}" for n in range(92))])
+    asked("unseen", [*TEXTS, "text"])
+    report = TasksReport.load(tmp_path / "unseen" / "out")
+    assert report.models["m"].tasks["unseen"].lineage["corpus/demo-corpus@1"] == "clean"
 
 
 def test_windows_predict_every_token_once_with_as_many_before_it_as_fit() -> None:
