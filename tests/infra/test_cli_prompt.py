@@ -9,30 +9,18 @@ import pytest
 
 from tests.actors.conftest import MakeModel, make_model, tokenizer_folder
 from tests.infra.conftest import Ganymede
+from tests.pipelines.evaluation.evaluation_world import classes_task
 
 __all__ = ["make_model", "tokenizer_folder"]
-
-TASK = """
-description: Is it good?
-kind: classification
-data:
-  format: tsv
-  columns: [text, label]
-  evaluation: {folder}/dev.tsv
-  train: {folder}/train.tsv
-  get: written by the test
-prompt: "Review: {{text}}\\nSentiment:"
-choices: ["no", "yes"]
-label: label
-answering: {{max_new_tokens: 4}}
-"""
 
 
 @pytest.fixture
 def task(tmp_path: Path) -> str:
     (tmp_path / "dev.tsv").write_text("it dumps\t1\nit fails\t0\n")
     (tmp_path / "train.tsv").write_text("It  FAILS\t0\n" + "".join(f"object {n}\t{n % 2}\n" for n in range(12)))
-    (tmp_path / "task.yaml").write_text(TASK.format(folder=tmp_path))
+    (tmp_path / "task.yaml").write_text(
+        classes_task(tmp_path, "Review: {text}\nSentiment:", answering={"max_new_tokens": 4})
+    )
     (tmp_path / "mine.yaml").write_text('{instruction: Judge., prompt: "{text}?", words: {"yes": "good"}}')
     return str(tmp_path / "task.yaml")
 

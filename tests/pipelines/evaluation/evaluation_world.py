@@ -16,6 +16,7 @@ import blake3
 import numpy as np
 import pyarrow as pa
 import torch
+import yaml
 
 from actors.store.artifacts import Artifact, ArtifactStore
 from actors.store.tracker import NoTracker, Run
@@ -67,6 +68,14 @@ class World:
 
     def publish(self, kind: str, name: str, folder: Path, inputs: Mapping[str, Artifact], run: str | None = None):
         return publish(self.store, kind, name, folder, inputs, run)
+
+
+def classes_task(folder: Path, prompt: str, **rest: Any) -> str:
+    """A task of two classes, YAML, over `dev.tsv` and `train.tsv` of a folder: a text and the number of its class."""
+    data = {"format": "tsv", "columns": ["text", "label"], "get": "written by the test"}
+    data |= {"evaluation": str(folder / "dev.tsv"), "train": str(folder / "train.tsv")}
+    task = {"description": "Which?", "kind": "classification", "data": data, "prompt": prompt, "label": "label"}
+    return yaml.safe_dump({**task, "choices": ["no", "yes"], **rest})
 
 
 def publish(store, kind, name, folder, inputs, run=None) -> Artifact:

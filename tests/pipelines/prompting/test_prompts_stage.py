@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from actors.store.artifacts import ArtifactStore
 from configs.errors import ConfigError, DataError
@@ -15,21 +16,8 @@ from configs.schema.prompting import PromptsConfig
 from pipelines.evaluation.items import load_items
 from pipelines.evaluation.lineage import check_items
 from pipelines.stages.prompts import PromptsStage
-from tests.pipelines.evaluation.evaluation_world import publish, stage_context
+from tests.pipelines.evaluation.evaluation_world import classes_task, publish, stage_context
 
-TASK = """
-description: Is it good?
-kind: classification
-data:
-  format: tsv
-  columns: [text, label]
-  evaluation: {folder}/dev.tsv
-  train: {folder}/train.tsv
-  get: written by the test
-prompt: "Review: {{text}}\\nSentiment:"
-choices: ["no", "yes"]
-label: label
-"""
 TEMPLATE = '{instruction: Judge., prompt: "{text}?", words: {"yes": "good"}}'
 
 
@@ -37,7 +25,7 @@ def write_task(folder: Path) -> str:
     folder.mkdir()
     (folder / "dev.tsv").write_text("it dumps\t1\nit fails\t0\n")
     (folder / "train.tsv").write_text("It  FAILS\t0\n" + "".join(f"object {n}\t{n % 2}\n" for n in range(40)))
-    (folder / "task.yaml").write_text(TASK.format(folder=folder))
+    (folder / "task.yaml").write_text(classes_task(folder, "Review: {text}\nSentiment:"))
     (folder / "mine.yaml").write_text(TEMPLATE)
     return str(folder / "task.yaml")
 
@@ -94,9 +82,9 @@ def test_sources_are_the_content_and_not_the_place(tmp_path: Path) -> None:
 
 def test_a_task_without_answers_is_refused(tmp_path: Path) -> None:
     task = Path(write_task(tmp_path / "a"))
-    task.write_text(
-        task.read_text().replace("classification", "language_modelling").split("prompt:")[0] + 'prompt: "{text}"\n'
-    )
+    asked = yaml.safe_load(task.read_text())
+    kept = {key: asked[key] for key in ("description", "data", "prompt")}
+    task.write_text(yaml.safe_dump({**kept, "kind": "language_modelling"}))
     with pytest.raises(ConfigError, match="no answers to learn"):
         make(PromptsConfig(task=str(task)), tmp_path / "made")
 

@@ -21,23 +21,9 @@ from pipelines.stage import Progress
 from pipelines.stages.sweep import ANSWERS, SweepStage
 from tests.actors.conftest import MakeModel
 from tests.actors.engine.conftest import MakeEncoder
-from tests.pipelines.evaluation.evaluation_world import stage_context
+from tests.pipelines.evaluation.evaluation_world import classes_task, stage_context
 
 ITEMS, TRAIN = 14, 20
-TASK = """
-description: Is the number odd?
-kind: classification
-data:
-  format: tsv
-  columns: [text, label]
-  evaluation: {folder}/dev.tsv
-  train: {folder}/train.tsv
-  get: written by the test
-prompt: "{{text}} ="
-choices: ["no", "yes"]
-label: label
-answering: {{max_new_tokens: 8}}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +31,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("task")
     (folder / "dev.tsv").write_text("".join(f"object {n}\t{n % 2}\n" for n in range(ITEMS)))
     (folder / "train.tsv").write_text("".join(f"string {n}\t{n % 2}\n" for n in range(TRAIN)))
-    (folder / "odd.yaml").write_text(TASK.format(folder=folder))
+    (folder / "odd.yaml").write_text(classes_task(folder, "{text} =", answering={"max_new_tokens": 8}))
     (folder / "other.yaml").write_text('{prompt: "{text} is", separator: "\\n", words: {"no": "even", "yes": "odd"}}')
     return str(folder / "odd.yaml")
 
