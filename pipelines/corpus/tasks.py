@@ -35,10 +35,7 @@ def run_bounded(
     """
     remote = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(function)
     limit = in_flight or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
-    lost = StageError(
-        f"a Ray task was lost {MAX_RETRIES + 1} times",
-        next_step="run the same command again: finished spans are kept; if memory is short, lower max_in_flight",
-    )
+    next_step = "run the same command again: finished spans are kept; if memory is short, lower max_in_flight"
     waiting = iter(arguments)
     running: list[Any] = [remote.remote(argument) for argument in islice(waiting, limit)]
 
@@ -47,7 +44,7 @@ def run_bounded(
         while running:
             done, running = ray.wait(running, num_returns=1)
             running.extend(remote.remote(argument) for argument in islice(waiting, 1))
-            yield result_of(done[0], lost)
+            yield result_of(done[0], StageError, next_step)
 
     try:
         yield results()
@@ -57,11 +54,11 @@ def run_bounded(
                 ray.cancel(reference)
 
 
-def result_of(reference: Any, lost: GanymedeError) -> Any:
+def result_of(reference: Any, kind: type[GanymedeError], next_step: str) -> Any:
     """What a task or an actor's method gave.
 
     Raises:
-        GanymedeError: what it raised; or `lost`, if its worker is gone for good.
+        GanymedeError: what it raised; or, if its worker or the cluster is gone, one of `kind` with `next_step`.
         StageError: it failed otherwise.
     """
     try:
@@ -71,4 +68,5 @@ def result_of(reference: Any, lost: GanymedeError) -> Any:
             raise error.cause from None
         raise StageError(f"a Ray task failed: {error.cause}", next_step="run with --debug for the traceback") from error
     except ray.exceptions.RayError as error:
-        raise lost from error
+        said = str(error).strip().partition("\n")[0]
+        raise kind(f"Ray lost a task and cannot run it again: {said}", next_step=next_step) from error

@@ -56,7 +56,6 @@ class Pool:
         if ray.cluster_resources().get("GPU"):
             options["num_gpus"] = 1
         actor = ray.remote(**options)(_Copy)
-        self._folder = folder
         self._copies = [actor.remote(folder, max_sequences, chat) for _ in range(replicas)]
 
     def __enter__(self) -> Self:
@@ -94,8 +93,6 @@ class Pool:
     def _result(self, reference: Any) -> Any:
         return result_of(
             reference,
-            lost=EngineError(
-                f"a process with the model {self._folder} was lost {_RESTARTS + 1} times",
-                next_step="run the same command again: answers are kept; if memory is short, take fewer replicas",
-            ),
+            EngineError,
+            "run the same command again: answers are kept; if memory is short, take fewer replicas",
         )
