@@ -18,11 +18,13 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 KernelsKind = Literal["compiled", "torch"]
+Activation = Literal["gelu", "silu", "gelu_new"]
+"""By their names in `transformers`."""
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 # No OpenMP library is linked: its functions are found in the one that torch has loaded, whose threads are shared.
@@ -32,10 +34,12 @@ _SMALL = 1 << 18
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "panel_width": [],
-    "product": [_POINTER] * 3 + [_INT] * 5,
+    "product": [_POINTER] * 4 + [_INT] * 5,
     "attend": [_POINTER] * 8 + [_LONG] * 5 + [_INT] * 4 + [_FLOAT, _INT],
     "store": [_POINTER] * 3 + [_LONG] + [_INT] * 3,
     "rms_norm": [_POINTER] * 3 + [_INT] * 2 + [_FLOAT],
+    "layer_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT],
+    "activate": [_POINTER] * 3 + [_LONG, _INT, _LONG, _INT],
 }
 
 _log = logging.getLogger(__name__)
@@ -52,18 +56,22 @@ class Kernels:
         self.panel: int = library.panel_width()
         """Columns that lie side by side in a weight for `product`."""
 
-    def product(self, x: torch.Tensor, panels: torch.Tensor, out: torch.Tensor, *, add: bool) -> None:
-        """`out` [N, O] becomes `x` [N, C] times a weight, or has that added.
+    def product(
+        self, x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, *, add: bool
+    ) -> None:
+        """`out` [N, O] becomes `x` [N, C] times a weight, plus the bias, or has that added.
 
         Args:
             x: contiguous.
             panels: the weight, [ceil(O / panel), C, panel]; columns beyond O are not used.
+            bias: of as many columns as the weight, or None.
             out: contiguous.
             add: whether what `out` holds counts.
         """
         (rows, inner), cols = x.shape, out.shape[1]
         threads = 1 if rows * inner * cols < _SMALL else torch.get_num_threads()
-        self._library.product(x.data_ptr(), panels.data_ptr(), out.data_ptr(), rows, inner, cols, add, threads)
+        offset = None if bias is None else bias.data_ptr()
+        self._library.product(x.data_ptr(), panels.data_ptr(), offset, out.data_ptr(), rows, inner, cols, add, threads)
 
     def attend(
         self,
@@ -120,6 +128,27 @@ class Kernels:
             x_NC.data_ptr(), weight_C.data_ptr(), out_NC.data_ptr(), x_NC.numel() // size, size, epsilon
         )
         return out_NC
+
+    def layer_norm(
+        self, x_NC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        """As `torch.nn.functional.layer_norm` over the last of two dimensions."""
+        x_NC = x_NC.contiguous()
+        out_NC = torch.empty_like(x_NC)
+        self._library.layer_norm(
+            x_NC.data_ptr(), weight_C.data_ptr(), bias_C.data_ptr(), out_NC.data_ptr(), *x_NC.shape, epsilon
+        )
+        return out_NC
+
+    def activate(self, name: Activation, x_NX: torch.Tensor, *, gated: bool) -> torch.Tensor:
+        """An activation of `x_NX`, contiguous, or if `gated` that of each row's first half times the second half."""
+        count, stride = x_NX.shape
+        size = stride // 2 if gated else stride
+        out_NI = x_NX.new_empty(count, size)
+        up = x_NX.data_ptr() + size * x_NX.itemsize if gated else None
+        kind = get_args(Activation).index(name)
+        self._library.activate(x_NX.data_ptr(), up, out_NI.data_ptr(), count, size, stride, kind)
+        return out_NI
 
 
 def _side_by_side(vectors_NHD: torch.Tensor) -> torch.Tensor:
