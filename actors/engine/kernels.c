@@ -24,18 +24,24 @@
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
+/* Has `threads` do all parts of some work, this one among them; see crew.c. */
+void share(int parts, int threads, void (*work)(const void *, int), const void *of);
+
 /* `rows` of x times one panel, or several, of a weight. The weight lies in panels of WIDE columns, each one row of the
- * panel after the other, so that it is read in the order in which it lies in memory. */
+ * panel after the other, so that it is read in the order in which it lies in memory. The columns' `bias`, unless NULL,
+ * is what sums begin with, and with `add` what `out` holds as well. */
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const int panels, const float *restrict x, const float *restrict weight, float *restrict out,
-    ptrdiff_t stride, ptrdiff_t inner, int add)
+    const int rows, const int panels, const float *restrict x, const float *restrict weight,
+    const float *restrict bias, float *restrict out, ptrdiff_t stride, ptrdiff_t inner, int add)
 {
     vector sum[MOST_ROWS][8], part[8];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++)
+    for (int v = 0; v < 2 * panels; v++) {
+        const vector first = bias ? *(const unaligned *)(bias + v * LANES) : (vector){0};
 #pragma GCC unroll 8
-        for (int v = 0; v < 2 * panels; v++)
-            sum[r][v] = add ? *(const unaligned *)(out + r * stride + v * LANES) : (vector){0};
+        for (int r = 0; r < rows; r++)
+            sum[r][v] = add ? first + *(const unaligned *)(out + r * stride + v * LANES) : first;
+    }
     for (ptrdiff_t k = 0; k < inner; k++) {
 #pragma GCC unroll 8
         for (int v = 0; v < 2 * panels; v++) {
@@ -61,23 +67,25 @@ static inline __attribute__((always_inline)) void tile(
 
 #define TILE(ROWS, PANELS)                                                                                       \
     static __attribute__((noinline)) void tile_##ROWS##_##PANELS(                                                \
-        const float *x, const float *weight, float *out, ptrdiff_t stride, ptrdiff_t inner, int add)             \
+        const float *x, const float *weight, const float *bias, float *out, ptrdiff_t stride, ptrdiff_t inner,   \
+        int add)                                                                                                 \
     {                                                                                                            \
-        tile(ROWS, PANELS, x, weight, out, stride, inner, add);                                                  \
+        tile(ROWS, PANELS, x, weight, bias, out, stride, inner, add);                                            \
     }
 TILE(1, 1) TILE(2, 1) TILE(3, 1) TILE(4, 1) TILE(5, 1) TILE(6, 1)
 /* With one or two rows, sums of one panel are too few to keep the arithmetic busy. */
 TILE(1, 4) TILE(2, 2)
 
-typedef void (*kernel)(const float *, const float *, float *, ptrdiff_t, ptrdiff_t, int);
+typedef void (*kernel)(const float *, const float *, const float *, float *, ptrdiff_t, ptrdiff_t, int);
 static const kernel TILES[] = {tile_1_1, tile_2_1, tile_3_1, tile_4_1, tile_5_1, tile_6_1};
 
 /* All rows times one panel, in tiles of like height. */
-static void strip(const float *x, const float *weight, float *out, ptrdiff_t stride, int rows, ptrdiff_t inner, int add)
+static void strip(const float *x, const float *weight, const float *bias, float *out, ptrdiff_t stride, int rows,
+                  ptrdiff_t inner, int add)
 {
     for (int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS; tiles > 0; tiles--) {
         const int height = (rows + tiles - 1) / tiles;
-        TILES[height - 1](x, weight, out, stride, inner, add);
+        TILES[height - 1](x, weight, bias, out, stride, inner, add);
         x += height * inner;
         out += height * stride;
         rows -= height;
@@ -85,70 +93,130 @@ static void strip(const float *x, const float *weight, float *out, ptrdiff_t str
 }
 
 /* The last panel's columns beyond `cols` go to a buffer and no further. */
-static void edge(const float *x, const float *weight, float *out, int rows, ptrdiff_t inner, ptrdiff_t cols, int add)
+static void edge(const float *x, const float *weight, const float *bias, float *out, int rows, ptrdiff_t inner,
+                 ptrdiff_t cols, int add)
 {
     float buffer[BLOCK * WIDE] = {0};
     const size_t size = cols % WIDE * sizeof(float);
     for (int r = 0; add && r < rows; r++)
         memcpy(buffer + r * WIDE, out + r * cols, size);
-    strip(x, weight, buffer, WIDE, rows, inner, add);
+    strip(x, weight, bias, buffer, WIDE, rows, inner, add);
     for (int r = 0; r < rows; r++)
         memcpy(out + r * cols, buffer + r * WIDE, size);
 }
 
-static void block(const float *x, const float *weight, float *out, int rows, ptrdiff_t inner, ptrdiff_t cols, int add,
-                  int panel, int last)
+static void block(const float *x, const float *weight, const float *bias, float *out, int rows, ptrdiff_t inner,
+                  ptrdiff_t cols, int add, int panel, int last)
 {
     while (panel < last) {
-        const float *from = weight + panel * inner * WIDE;
+        const float *from = weight + panel * inner * WIDE, *offset = bias ? bias + panel * WIDE : NULL;
         float *to = out + panel * WIDE;
         int panels = 1;
         if (rows == 1 && (panel + 4) * WIDE <= cols && panel + 4 <= last)
-            tile_1_4(x, from, to, cols, inner, add), panels = 4;
+            tile_1_4(x, from, offset, to, cols, inner, add), panels = 4;
         else if (rows == 2 && (panel + 2) * WIDE <= cols && panel + 2 <= last)
-            tile_2_2(x, from, to, cols, inner, add), panels = 2;
+            tile_2_2(x, from, offset, to, cols, inner, add), panels = 2;
         else if ((panel + 1) * WIDE <= cols)
-            strip(x, from, to, cols, rows, inner, add);
+            strip(x, from, offset, to, cols, rows, inner, add);
         else
-            edge(x, from, to, rows, inner, cols, add);
+            edge(x, from, offset, to, rows, inner, cols, add);
         panel += panels;
     }
+}
+
+struct factors {
+    const float *x, *weight, *bias;
+    float *out;
+    int rows, inner, cols, add, panels, parts;
+};
+
+/* All rows times some panels. */
+static void product_part(const void *of, int part)
+{
+    const struct factors f = *(const struct factors *)of;
+    const int first = (long)f.panels * part / f.parts, last = (long)f.panels * (part + 1) / f.parts;
+    for (int row = 0; row < f.rows; row += BLOCK)
+        block(f.x + (ptrdiff_t)row * f.inner, f.weight, f.bias, f.out + (ptrdiff_t)row * f.cols,
+              f.rows - row < BLOCK ? f.rows - row : BLOCK, f.inner, f.cols, f.add, first, last);
 }
 
 /* Columns of a panel. */
 int panel_width(void) { return WIDE; }
 
-/* out [rows, cols] = x [rows, inner] * weight, or that added to what `out` holds. */
-void product(const float *x, const float *weight, float *out, int rows, int inner, int cols, int add, int threads)
+/* out [rows, cols] = x [rows, inner] * weight, plus `bias` unless that is NULL, or that added to what `out` holds. Of
+ * weight and bias there are columns up to a multiple of the panel's. */
+void product(const float *x, const float *weight, const float *bias, float *out, int rows, int inner, int cols, int add,
+             int threads)
 {
     const int panels = (cols + WIDE - 1) / WIDE;
-    /* Several parts a thread, as another process may have taken one of the cores for a while. */
-    const int parts = threads == 1 ? 1 : panels < 4 * threads ? panels : 4 * threads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int part = 0; part < parts; part++) {
-        const int first = (long)panels * part / parts, last = (long)panels * (part + 1) / parts;
-        for (int row = 0; row < rows; row += BLOCK)
-            block(x + (ptrdiff_t)row * inner, weight, out + (ptrdiff_t)row * cols,
-                  rows - row < BLOCK ? rows - row : BLOCK, inner, cols, add, first, last);
-    }
+    const struct factors factors = {
+        x, weight, bias, out, rows, inner, cols, add, panels,
+        /* Several parts a thread, as another process may have taken one of the cores for a while. */
+        threads == 1 ? 1 : panels < 4 * threads ? panels : 4 * threads,
+    };
+    share(factors.parts, threads, product_part, &factors);
 }
 
-static inline float dot(const float *a, const float *b, int size)
+typedef int whole __attribute__((vector_size(4 * LANES)));
+typedef union { vector all; float lanes[LANES]; } lanes;
+
+/* exp(x) of numbers up to 0, to two units in the last place; 0 below the smallest normal number. 2^n times a polynomial
+ * for the rest, between -ln(2)/2 and ln(2)/2 (Moshier, Cephes, expf). */
+static inline vector exp_of(vector x)
 {
-    union { vector whole; float lanes[LANES]; } sums = {{0}};
-    float sum = 0;
-    int d = 0;
-    for (; d + LANES <= size; d += LANES)
-        sums.whole += *(const unaligned *)(a + d) * *(const unaligned *)(b + d);
-    for (; d < size; d++)
-        sum += a[d] * b[d];
+    const float round = 12582912; /* added to a number, it leaves no place for a fraction */
+    const vector n = (x * 1.44269504f + round) - round;
+    const vector rest = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vector sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1;
+    const whole power = (__builtin_convertvector(n, whole) + 127) << 23, small = (whole)(x < (vector){0} - 87.33f);
+    return (vector)((whole)(sum * (vector)power) & ~small);
+}
+
+static inline float sum_of(lanes sums)
+{
     /* In pairs, which do not wait for each other. */
 #pragma GCC unroll 4
     for (int half = LANES / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
         for (int lane = 0; lane < half; lane++)
             sums.lanes[lane] += sums.lanes[lane + half];
-    return sum + sums.lanes[0];
+    return sums.lanes[0];
+}
+
+static inline float dot(const float *a, const float *b, int size)
+{
+    lanes sums = {{0}};
+    float sum = 0;
+    int d = 0;
+    for (; d + LANES <= size; d += LANES)
+        sums.all += *(const unaligned *)(a + d) * *(const unaligned *)(b + d);
+    for (; d < size; d++)
+        sum += a[d] * b[d];
+    return sum + sum_of(sums);
+}
+
+/* A vector of the next numbers in memory; of the last ones, if `left` are fewer, with `filler` behind them. */
+static inline vector next(const float *from, ptrdiff_t left, float filler)
+{
+    if (left >= LANES)
+        return *(const unaligned *)from;
+    lanes got = {(vector){0} + filler};
+    memcpy(got.lanes, from, left * sizeof(float));
+    return got.all;
+}
+
+/* Writes as many numbers as there is room `left` for. */
+static inline void put(float *to, ptrdiff_t left, vector numbers)
+{
+    if (left >= LANES)
+        *(unaligned *)to = numbers;
+    else
+        memcpy(to, &numbers, left * sizeof(float));
 }
 
 /* One query over the keys and values of its head, [length, size] each; `weights` is room for `length` numbers. `bias`,
@@ -156,14 +224,19 @@ static inline float dot(const float *a, const float *b, int size)
 static void attend_one(const float *query, const float *keys, const float *values, const float *bias, float *weights,
                        float *out, int length, int size, float scale)
 {
-    float highest = -INFINITY, total = 0;
+    float highest = -INFINITY;
     for (int l = 0; l < length; l++) {
         weights[l] = scale * dot(query, keys + (ptrdiff_t)l * size, size) + (bias ? bias[length - 1 - l] : 0);
         /* A NaN becomes the highest and makes all weights NaN. */
         highest = weights[l] <= highest ? highest : weights[l];
     }
-    for (int l = 0; l < length; l++)
-        total += weights[l] = expf(weights[l] - highest);
+    lanes sums = {{0}};
+    for (int l = 0; l < length; l += LANES) {
+        const vector found = exp_of(next(weights + l, length - l, -INFINITY) - highest);
+        put(weights + l, length - l, found);
+        sums.all += found;
+    }
+    const float total = sum_of(sums);
     int d = 0;
     for (; d + 4 * LANES <= size; d += 4 * LANES) {
         vector sums[4] = {0};
@@ -182,22 +255,40 @@ static void attend_one(const float *query, const float *keys, const float *value
     }
 }
 
+struct attention {
+    const float *queries, *keys, *values, *bias;
+    float *weights, *out;
+    const long *rows, *lengths;
+    long longest, stride, row_stride, head_stride, bias_stride;
+    int kv_heads, group, size;
+    float scale;
+};
+
+/* One head of keys of one sequence. */
+static void attend_part(const void *of, int part)
+{
+    const struct attention a = *(const struct attention *)of;
+    const long token = part / a.kv_heads, head = part % a.kv_heads;
+    const long start = a.rows[token] * a.row_stride + head * a.head_stride;
+    for (int g = 0; g < a.group; g++) {
+        const long query = head * a.group + g, place = token * a.kv_heads * a.group + query;
+        attend_one(a.queries + token * a.stride + query * a.size, a.keys + start, a.values + start,
+                   a.bias ? a.bias + query * a.bias_stride : NULL, a.weights + place * a.longest,
+                   a.out + place * a.size, a.lengths[token], a.size, a.scale);
+    }
+}
+
 /* One new token of each of `count` sequences over the rows of a cache of [row, kv head, position, size]: queries and
  * `out` are [count, kv heads * group, size], of which queries may lie `stride` numbers apart. */
 void attend(const float *queries, const float *keys, const float *values, const float *bias, float *weights,
             float *out, const long *rows, const long *lengths, long longest, long stride, long row_stride,
             long head_stride, long bias_stride, int count, int kv_heads, int group, int size, float scale, int threads)
 {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int n = 0; n < count * kv_heads; n++) {
-        const long token = n / kv_heads, head = n % kv_heads, start = rows[token] * row_stride + head * head_stride;
-        for (int g = 0; g < group; g++) {
-            const long query = head * group + g, place = token * kv_heads * group + query;
-            attend_one(queries + token * stride + query * size, keys + start, values + start,
-                       bias ? bias + query * bias_stride : NULL, weights + place * longest, out + place * size,
-                       lengths[token], size, scale);
-        }
-    }
+    const struct attention attention = {
+        queries, keys, values, bias, weights, out, rows, lengths, longest, stride, row_stride, head_stride,
+        bias_stride, kv_heads, group, size, scale,
+    };
+    share(count * kv_heads, threads, attend_part, &attention);
 }
 
 /* Copies `count` times `heads` vectors of `size` numbers, each token's `stride` after the last one's, to addresses
@@ -217,5 +308,61 @@ void rms_norm(const float *x, const float *weight, float *out, int rows, int siz
         const float scale = 1 / sqrtf(dot(x, x, size) / size + epsilon);
         for (int c = 0; c < size; c++)
             out[c] = x[c] * scale * weight[c];
+    }
+}
+
+/* Layer normalisation of each row of x [rows, size] (Ba et al. 2016), plus `bias`. */
+void layer_norm(const float *x, const float *weight, const float *bias, float *out, int rows, int size, float epsilon)
+{
+    for (long r = 0; r < rows; r++, x += size, out += size) {
+        lanes sums = {{0}}, squares = {{0}};
+        for (int c = 0; c < size; c += LANES)
+            sums.all += next(x + c, size - c, 0);
+        const float mean = sum_of(sums) / size;
+        for (int c = 0; c < size; c += LANES) {
+            const vector from_mean = next(x + c, size - c, mean) - mean;
+            squares.all += from_mean * from_mean;
+        }
+        const float scale = 1 / sqrtf(sum_of(squares) / size + epsilon);
+        for (int c = 0; c < size; c++)
+            out[c] = (x[c] - mean) * scale * weight[c] + bias[c];
+    }
+}
+
+/* 1 / (1 + exp(-x)) */
+static inline vector sigmoid(vector x)
+{
+    const whole negative = x < (vector){0};
+    const vector size = (vector)((whole)x & 0x7fffffff), small = exp_of(-size), share = 1 / (1 + small);
+    return (vector)(((whole)(small * share) & negative) | ((whole)share & ~negative));
+}
+
+/* The share of a normal distribution below x, to 1e-7 (Abramowitz and Stegun 7.1.26). */
+static inline vector normal_below(vector x)
+{
+    const whole negative = x < (vector){0};
+    const vector size = (vector)((whole)x & 0x7fffffff) * 0.70710678f, t = 1 / (1 + 0.3275911f * size);
+    const vector sum = (((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f;
+    const vector beyond = 0.5f * sum * t * exp_of(-size * size);
+    return (vector)(((whole)beyond & negative) | ((whole)(1 - beyond) & ~negative));
+}
+
+static inline vector activated(vector x, int kind)
+{
+    if (kind == 0)
+        return x * normal_below(x);
+    return x * sigmoid(kind == 1 ? x : 1.59576912f * (x + 0.044715f * x * x * x));
+}
+
+/* An activation of each row of `gate` [rows, size], whose rows lie `stride` numbers apart, times those of `up`, which
+ * lie likewise, unless that is NULL. 0: GELU; 1: SiLU; 2: GELU by tanh (Hendrycks and Gimpel 2016). */
+void activate(const float *gate, const float *up, float *out, long rows, int size, long stride, int kind)
+{
+    for (long r = 0; r < rows; r++, gate += stride, out += size) {
+        for (int c = 0; c < size; c += LANES) {
+            const vector found = activated(next(gate + c, size - c, 0), kind);
+            put(out + c, size - c, up ? found * next(up + c, size - c, 0) : found);
+        }
+        up = up ? up + stride : NULL;
     }
 }

@@ -1,9 +1,9 @@
 """`kernels.c` as functions of tensors: compiled when the first model is opened, in half a second.
 
 For fp32 on a CPU. Against torch's own on one core with AVX2: products of 2 to 16 rows 1.5 to 2.8 times as fast, of 256
-rows 1.1 times; attention of single tokens over unlike lengths without a mask, and without reading past an end. Where
-there is no C compiler, and in other precisions and places, callers do with torch; `kernels_for` says which, and a log
-line why.
+rows 1.1 times; attention of single tokens over unlike lengths without a mask, and without reading past an end. Threads
+share the work without waiting for one that has no core (`crew.c`). Where there is no C compiler, and in other
+precisions and places, callers do with torch; `kernels_for` says which, and a log line why.
 """
 
 # ruff: noqa: N803, N806 - names end in the shape of their tensor: N token, H query head, K key/value head, D head dim
@@ -18,24 +18,27 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 KernelsKind = Literal["compiled", "torch"]
+Activation = Literal["gelu", "silu", "gelu_new"]
+"""By their names in `transformers`."""
 
-_SOURCE = Path(__file__).with_name("kernels.c")
-# No OpenMP library is linked: its functions are found in the one that torch has loaded, whose threads are shared.
-_COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-c")
+_SOURCES = [str(Path(__file__).with_name(name)) for name in ("kernels.c", "crew.c")]
+_COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread", "-shared")
 _SMALL = 1 << 18
 """Multiplications that one thread has done before others have begun."""
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "panel_width": [],
-    "product": [_POINTER] * 3 + [_INT] * 5,
+    "product": [_POINTER] * 4 + [_INT] * 5,
     "attend": [_POINTER] * 8 + [_LONG] * 5 + [_INT] * 4 + [_FLOAT, _INT],
     "store": [_POINTER] * 3 + [_LONG] + [_INT] * 3,
     "rms_norm": [_POINTER] * 3 + [_INT] * 2 + [_FLOAT],
+    "layer_norm": [_POINTER] * 4 + [_INT] * 2 + [_FLOAT],
+    "activate": [_POINTER] * 3 + [_LONG, _INT, _LONG, _INT],
 }
 
 _log = logging.getLogger(__name__)
@@ -52,18 +55,22 @@ class Kernels:
         self.panel: int = library.panel_width()
         """Columns that lie side by side in a weight for `product`."""
 
-    def product(self, x: torch.Tensor, panels: torch.Tensor, out: torch.Tensor, *, add: bool) -> None:
-        """`out` [N, O] becomes `x` [N, C] times a weight, or has that added.
+    def product(
+        self, x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, *, add: bool
+    ) -> None:
+        """`out` [N, O] becomes `x` [N, C] times a weight, plus the bias, or has that added.
 
         Args:
             x: contiguous.
             panels: the weight, [ceil(O / panel), C, panel]; columns beyond O are not used.
+            bias: of as many columns as the weight, or None.
             out: contiguous.
             add: whether what `out` holds counts.
         """
         (rows, inner), cols = x.shape, out.shape[1]
         threads = 1 if rows * inner * cols < _SMALL else torch.get_num_threads()
-        self._library.product(x.data_ptr(), panels.data_ptr(), out.data_ptr(), rows, inner, cols, add, threads)
+        offset = None if bias is None else bias.data_ptr()
+        self._library.product(x.data_ptr(), panels.data_ptr(), offset, out.data_ptr(), rows, inner, cols, add, threads)
 
     def attend(
         self,
@@ -121,6 +128,27 @@ class Kernels:
         )
         return out_NC
 
+    def layer_norm(
+        self, x_NC: torch.Tensor, weight_C: torch.Tensor, bias_C: torch.Tensor, epsilon: float
+    ) -> torch.Tensor:
+        """As `torch.nn.functional.layer_norm` over the last of two dimensions."""
+        x_NC = x_NC.contiguous()
+        out_NC = torch.empty_like(x_NC)
+        self._library.layer_norm(
+            x_NC.data_ptr(), weight_C.data_ptr(), bias_C.data_ptr(), out_NC.data_ptr(), *x_NC.shape, epsilon
+        )
+        return out_NC
+
+    def activate(self, name: Activation, x_NX: torch.Tensor, *, gated: bool) -> torch.Tensor:
+        """An activation of `x_NX`, contiguous, or if `gated` that of each row's first half times the second half."""
+        count, stride = x_NX.shape
+        size = stride // 2 if gated else stride
+        out_NI = x_NX.new_empty(count, size)
+        up = x_NX.data_ptr() + size * x_NX.itemsize if gated else None
+        kind = get_args(Activation).index(name)
+        self._library.activate(x_NX.data_ptr(), up, out_NI.data_ptr(), count, size, stride, kind)
+        return out_NI
+
 
 def _side_by_side(vectors_NHD: torch.Tensor) -> torch.Tensor:
     """With each token's vectors one after the other; tokens may lie further apart."""
@@ -147,12 +175,12 @@ def _compiled() -> Kernels | None:
         _log.warning("no C compiler is installed: models in fp32 run on torch alone, which is slower on a CPU")
         return None
     with tempfile.TemporaryDirectory(prefix="ganymede-") as name:
-        built, linked = f"{name}/kernels.o", f"{name}/kernels.so"
+        built = f"{name}/kernels.so"
         try:
-            for command in ([*_COMPILE, str(_SOURCE), "-o", built], ["-shared", built, "-o", linked, "-lm"]):
-                subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
-            return Kernels(ctypes.CDLL(linked))
+            command = [compiler, *_COMPILE, *_SOURCES, "-o", built, "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+            return Kernels(ctypes.CDLL(built))
         except (OSError, subprocess.SubprocessError) as error:
             output = str(getattr(error, "stderr", None) or error).strip()
-            _log.warning("%s cannot compile %s, models in fp32 run on torch alone: %s", compiler, _SOURCE.name, output)
+            _log.warning("%s cannot compile kernels.c, models in fp32 run on torch alone: %s", compiler, output)
             return None

@@ -1,15 +1,22 @@
-"""Linear layers for steps of few rows, and norms: on the compiled kernels where there are any, on torch elsewhere."""
+"""Linear layers for steps of few rows, norms and activations: on the compiled kernels where there are any, on torch
+elsewhere.
+
+Even where torch's own norms and activations are fast, they share out a few rows over all threads, which then wait for
+each other: where another process has taken a core, 5 ms for what one thread does in 0.01.
+"""
 
 # ruff: noqa: N803, N806 - names end in the shape of their tensor: N row, C in, O out
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Self, cast, get_args
 
 import torch
 import torch.nn.functional as F
 
+from actors.engine import kernels
 from actors.engine.kernels import kernels_for
 
 
@@ -20,12 +27,15 @@ class Linear:
         self.out_features = len(weight_OC)
         self.dtype, self.device = weight_OC.dtype, weight_OC.device
         self._bias = bias_O
+        """As long as the weight is wide in the layout at hand."""
         self._kernels = kernels_for(self.dtype, self.device)
         if self._kernels is None:
             # With few rows, twice as fast on a CPU as the layout of `nn.Linear`.
             self._weight = weight_OC.t().contiguous()
         else:
-            padded_OC = F.pad(weight_OC, (0, 0, 0, -self.out_features % self._kernels.panel))
+            beyond = -self.out_features % self._kernels.panel
+            self._bias = None if bias_O is None else F.pad(bias_O, (0, beyond))
+            padded_OC = F.pad(weight_OC, (0, 0, 0, beyond))
             self._weight = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2).contiguous()
 
     @classmethod
@@ -52,19 +62,18 @@ class Linear:
         """[N, O]: `x_NC` times the weight, plus the bias."""
         if self._kernels is None:
             return x_NC @ self._weight if self._bias is None else torch.addmm(self._bias, x_NC, self._weight)
-        count, bias = len(x_NC), self._bias
-        out_NO = x_NC.new_empty(count, self.out_features) if bias is None else bias.repeat(count, 1)
-        self._kernels.product(x_NC.contiguous(), self._weight, out_NO, add=self._bias is not None)
+        out_NO = x_NC.new_empty(len(x_NC), self.out_features)
+        self._kernels.product(x_NC.contiguous(), self._weight, self._bias, out_NO, add=False)
         return out_NO
 
     def add_to(self, residual_NO: torch.Tensor, x_NC: torch.Tensor) -> None:
         """Adds what the layer makes of `x_NC` to `residual_NO`, contiguous, in place."""
-        if self._bias is not None:
-            residual_NO.add_(self._bias)
         if self._kernels is None:
+            if self._bias is not None:
+                residual_NO.add_(self._bias)
             residual_NO.addmm_(x_NC, self._weight)
         else:
-            self._kernels.product(x_NC.contiguous(), self._weight, residual_NO, add=True)
+            self._kernels.product(x_NC.contiguous(), self._weight, self._bias, residual_NO, add=True)
 
     def rows(self, indices_N: torch.Tensor) -> torch.Tensor:
         """The weights [N, C] of some outputs: what an embedding looks up that is tied to its head."""
@@ -88,6 +97,40 @@ class RmsNorm:
         if self._kernels is None:
             return F.rms_norm(x_NC, self._weight_C.shape, self._weight_C, self._epsilon)
         return self._kernels.rms_norm(x_NC, self._weight_C, self._epsilon)
+
+
+class LayerNorm:
+    """Layer normalisation over the last of two dimensions."""
+
+    def __init__(self, weight_C: torch.Tensor, bias_C: torch.Tensor, epsilon: float) -> None:
+        self._weight_C, self._bias_C = weight_C, bias_C
+        self._epsilon = epsilon
+        self._kernels = kernels_for(weight_C.dtype, weight_C.device)
+
+    def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
+        """`x_NC`, normalised, times the weight, plus the bias."""
+        if self._kernels is None:
+            return F.layer_norm(x_NC, self._weight_C.shape, self._weight_C, self._bias_C, self._epsilon)
+        return self._kernels.layer_norm(x_NC, self._weight_C, self._bias_C, self._epsilon)
+
+
+class Activation:
+    """What `transformers` calls `name`; if `gated`, of the first half of each row, times the second half."""
+
+    def __init__(self, name: str, *, gated: bool, dtype: torch.dtype, device: torch.device) -> None:
+        self._gated = gated
+        self._kernels = kernels_for(dtype, device) if name in get_args(kernels.Activation) else None
+        self._name = cast(kernels.Activation, name)
+        self._of_torch = _of_torch(name)
+
+    def __call__(self, x_NX: torch.Tensor) -> torch.Tensor:
+        """[N, I] of a contiguous [N, I], or of [N, 2 I] if gated."""
+        if self._kernels is not None:
+            return self._kernels.activate(self._name, x_NX, gated=self._gated)
+        if not self._gated:
+            return self._of_torch(x_NX)
+        gate_NI, up_NI = x_NX.chunk(2, dim=-1)
+        return self._of_torch(gate_NI) * up_NI
 
 
 class PackedLinear(torch.nn.Module):
@@ -115,6 +158,17 @@ def pack(model: torch.nn.Module) -> None:
             parts = _linear_parts(child)
             if parts is not None and kernels_for(parts[0].dtype, parts[0].device) is not None:
                 setattr(module, name, PackedLinear(Linear(*parts)))
+
+
+def _of_torch(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name == "silu":
+        return F.silu
+    if name == "gelu_new":  # `transformers` has seven operations for what torch does in one
+        return partial(F.gelu, approximate="tanh")
+    from transformers.activations import ACT2FN
+
+    found: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return found
 
 
 def _linear_parts(module: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:

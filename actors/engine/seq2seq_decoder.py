@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from actors.engine.cache import KVCache
 from actors.engine.kernels import kernels_for
-from actors.engine.linear import Linear
+from actors.engine.linear import Activation, Linear
 from actors.engine.scheduler import Span
 from actors.engine.sources import Source
 
@@ -83,7 +82,7 @@ class Seq2SeqDecoder:
             shape: of the model.
             layers: from the first to the last.
             cross: all layers' keys and values of a source, layer by layer, keys first.
-            embed: hidden states [N, C] of tokens [N] at positions [N].
+            embed: hidden states [N, C] of tokens [N] at positions [N], contiguous and in memory of their own.
             norm: before the head.
             head: logits of hidden states.
             bias_HL: what a token that many positions back adds to a head's score; one row serves all heads.
@@ -96,7 +95,7 @@ class Seq2SeqDecoder:
         self._head = head
         # The last column is for what comes later than the token itself.
         self._bias_HL = F.pad(bias_HL, (0, 1), value=_HIDDEN)
-        self._activate = _activation(shape.activation)
+        self._activate = Activation(shape.activation, gated=shape.gated, dtype=self.dtype, device=self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,17 +133,12 @@ class Seq2SeqDecoder:
             heads_NHD = layer.qkv(self._before(layer.attention_norm, x_NC)).view(len(x_NC), -1, shape.head_dim)
             cache.write(index, heads_NHD[:, shape.heads :], addresses)
             attended_NC = step.attend(heads_NHD[:, : shape.heads], cache, index)
-            x_NC = self._after(layer.attention_norm, x_NC, layer.out(attended_NC))
+            x_NC = self._added(x_NC, layer.out, attended_NC, layer.attention_norm)
             queries_NC = layer.cross_query(self._before(layer.cross_norm, x_NC))
             attended_NC = step.attend_source(queries_NC.unflatten(1, (shape.heads, -1)), cross_cache, index)
-            x_NC = self._after(layer.cross_norm, x_NC, layer.cross_out(attended_NC))
-            up_NI = layer.up(self._before(layer.mlp_norm, x_NC))
-            if shape.gated:
-                gate_NI, up_NI = up_NI.chunk(2, dim=-1)
-                up_NI = self._activate(gate_NI) * up_NI
-            else:
-                up_NI = self._activate(up_NI)
-            x_NC = self._after(layer.mlp_norm, x_NC, layer.down(up_NI))
+            x_NC = self._added(x_NC, layer.cross_out, attended_NC, layer.cross_norm)
+            up_NI = self._activate(layer.up(self._before(layer.mlp_norm, x_NC)))
+            x_NC = self._added(x_NC, layer.down, up_NI, layer.mlp_norm)
         return x_NC
 
     def logits(self, hidden_NC: torch.Tensor) -> torch.Tensor:
@@ -154,15 +148,10 @@ class Seq2SeqDecoder:
     def _before(self, norm: Norm, x_NC: torch.Tensor) -> torch.Tensor:
         return norm(x_NC) if self.shape.pre_norm else x_NC
 
-    def _after(self, norm: Norm, x_NC: torch.Tensor, added_NC: torch.Tensor) -> torch.Tensor:
-        return x_NC + added_NC if self.shape.pre_norm else norm(x_NC + added_NC)
-
-
-def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Of that name in `transformers`, whose own `gelu_new` is seven operations for what torch does in one."""
-    from transformers.activations import ACT2FN
-
-    return partial(F.gelu, approximate="tanh") if name == "gelu_new" else ACT2FN[name]
+    def _added(self, x_NC: torch.Tensor, linear: Linear, part_NX: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """`x_NC`, which is overwritten, plus what a sub-layer's last product makes of `part_NX`."""
+        linear.add_to(x_NC, part_NX)
+        return x_NC if self.shape.pre_norm else norm(x_NC)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from actors.engine.linear import Linear, RmsNorm
+from actors.engine.linear import LayerNorm, Linear, RmsNorm
 from actors.engine.seq2seq_decoder import Layer, Norm, Seq2SeqDecoder, Shape
 
 
@@ -119,5 +119,4 @@ def _rms(module: Any, to: dict[str, Any]) -> Norm:
 
 
 def _layer_norm(module: Any, to: dict[str, Any]) -> Norm:
-    weight, bias, epsilon = module.weight.to(**to), module.bias.to(**to), module.eps
-    return lambda x_NC: F.layer_norm(x_NC, weight.shape, weight, bias, epsilon)
+    return LayerNorm(module.weight.to(**to), module.bias.to(**to), module.eps)

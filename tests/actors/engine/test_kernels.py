@@ -1,16 +1,20 @@
 """The compiled kernels against torch, whatever the shape, and independent of what stands beside a row."""
 
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.activations import ACT2FN
 
 from actors.engine import kernels
 from actors.engine.engine import Engine
 from actors.engine.kernels import Kernels, kernels_for
-from actors.engine.linear import Linear, RmsNorm
+from actors.engine.linear import Activation, LayerNorm, Linear, RmsNorm
 from actors.engine.loading import load_engine
 from actors.engine.request import Request
 from configs.schema.generation import Sampling
@@ -67,6 +71,41 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_the_threads() -> Non
 
 
 @needs_compiler
+def test_callers_that_multiply_at_the_same_time_get_their_own_results() -> None:
+    layer, _, _ = linear(3000, 400, bias=True)
+    inputs = [torch.randn(30, 400) for _ in range(4)]
+    alone = [layer(x) for x in inputs]
+
+    def again(number: int) -> bool:
+        torch.set_num_threads(3)
+        return all(torch.equal(layer(inputs[number]), alone[number]) for _ in range(40))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(again, range(4)))
+
+
+@needs_compiler
+def test_a_forked_process_multiplies_on() -> None:
+    layer, _, _ = linear(3000, 400, bias=True)
+    x = torch.randn(30, 400)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        expected = layer(x)
+        process = multiprocessing.get_context("fork").Process(target=_expect, args=(layer, x, expected))
+        process.start()
+        process.join(30)
+        assert process.exitcode == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _expect(layer: Linear, x: torch.Tensor, expected: torch.Tensor) -> None:
+    same = all((layer(x).numpy() == expected.numpy()).all() for _ in range(40))
+    os._exit(0 if same else 1)
+
+
+@needs_compiler
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(1, 9), kv_heads=st.integers(1, 4), group=st.integers(1, 4), size=st.integers(1, 100),
@@ -107,16 +146,39 @@ def test_a_key_that_is_no_number_shows_in_what_attends_to_it(compiled: Kernels) 
 @needs_compiler
 def test_norms_are_those_of_torch() -> None:
     for size in (1, 7, 8, 100):
-        x, weight = torch.randn(5, size), torch.randn(size)
+        x, weight, bias = torch.randn(5, size), torch.randn(size), torch.randn(size)
         expected = torch.nn.functional.rms_norm(x, (size,), weight, 1e-5)
         torch.testing.assert_close(RmsNorm(weight, 1e-5)(x), expected)
+        expected = torch.nn.functional.layer_norm(3 + x, (size,), weight, bias, 1e-5)
+        torch.testing.assert_close(LayerNorm(weight, bias, 1e-5)(3 + x), expected, atol=1e-5, rtol=1e-5)
+    x[1, 50] = torch.nan
+    normed = LayerNorm(weight, bias, 1e-5)(x)
+    assert normed[1].isnan().all()
+    assert normed[[0, 2, 3, 4]].isfinite().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["gelu", "gelu_new", "silu", "relu"])
+def test_activations_are_those_of_transformers_for_numbers_of_any_size(name: str, gated: bool) -> None:
+    activation = Activation(name, gated=gated, **FP32)
+    sizes = torch.logspace(-8, 38, 2000)
+    for size in (1, 8, 13, 4000):
+        x = torch.cat([sizes, -sizes])[torch.randperm(4000)][:size].repeat(3, 1)
+        up = torch.rand(3, size)
+        expected = ACT2FN[name](x) * (up if gated else 1)
+        found = activation(torch.cat([x, up], dim=1) if gated else x)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=2e-6)
+    unusable = torch.tensor([[torch.nan, 1.0], [2.0, 3.0]])
+    assert activation(unusable).isnan().tolist()[1] == [False] * (1 if gated else 2)
+    assert activation(unusable)[0, 0].isnan()
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/cc", "false"])
 def test_without_a_compiler_torch_computes_the_same_and_a_log_line_says_so(
     make_model, make_seq2seq, compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folders = (make_model(), make_seq2seq("t5"))
+    folders = (make_model(), make_seq2seq("t5"), make_seq2seq("bart"))
     asked = [Request(str(n), tuple(range(5, 9 + 5 * n)), Sampling(max_new_tokens=20, temperature=0)) for n in range(4)]
     expected = [load_engine(folder, precision="fp32", device="cpu").generate(asked) for folder in folders]
     monkeypatch.setenv("CC", compiler)
