@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from actors.store.artifacts import ArtifactStore
 from configs.errors import ArtifactError, InputError
 from configs.schema.serving import CanaryConfig, ServingConfig
+from infra.cli.main import app
 from infra.served import find_model, with_canary
 from serving.calls import LOST, Call, Refusal, ServedModel, fingerprint
 from serving.canary import gets_canary, versions_of
@@ -167,6 +169,14 @@ def test_metrics_and_the_access_log_tell_the_versions_apart(http: httpx.Client, 
     }
     logged = [json.loads(line)["version"] for line in log.read_text().splitlines()]
     assert {fingerprint(version.digest) for version in model.versions} <= set(logged)
+
+
+@pytest.mark.parametrize("command", [["up"], ["serve", "tiny@champion"]])
+def test_a_share_without_a_canary_is_refused(tmp_path: Path, command: list[str]) -> None:
+    done = CliRunner().invoke(app, [*command, "--canary-weight", "0.2"], env={"GANYMEDE_HOME": str(tmp_path)})
+    assert done.exit_code == 2
+    assert "--canary NAME@ALIAS" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_canary_is_another_version_of_the_same_model(tmp_path: Path) -> None:
