@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from actors.store.artifacts import Artifact, ArtifactStore
-from actors.store.registry import RegisteredVersion, Registry
+from actors.store.artifacts import Artifact
+from actors.store.registry import Registry
 from actors.store.tracker import tracking_uri
 from actors.text import Text
-from configs.artifacts import Ref
-from configs.errors import ArtifactError, ConfigError, GanymedeError, InputError
+from configs.errors import ConfigError, GanymedeError, InputError
 from configs.schema.serving import DeployConfig, ServingConfig, is_loopback
 from infra.platform import free_ports, require_free_port
-from pipelines.evaluation.lineage import ancestors
+from infra.served import find_model, with_canary
 from pipelines.stage import Progress, StageContext
 from serving import data_plane
-from serving.calls import Ancestor, Lineage, ServedModel
+from serving.calls import ServedModel
 
 CONTROLLER, CONTROLLER_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve keeps its controller; it says nowhere else which address it listens on."""
@@ -63,66 +62,6 @@ class Answer:
     seconds: float
 
 
-def find_model(reference: str, store: ArtifactStore, home: Path) -> ServedModel:
-    """The immutable version that `NAME@ALIAS`, `NAME@VERSION`, `NAME` or `model/NAME@VERSION` stands for now.
-
-    Raises:
-        ArtifactError: there is none, or its artifact is not in this store.
-        CorruptArtifactError: the artifact is not what was published.
-        TrackingError: the registry cannot be reached.
-    """
-    if "/" in reference:
-        artifact = store.get(Ref.parse(reference))
-        return _served(artifact, store, name=artifact.ref.name, version=None, alias=None)
-    version = Registry.open(tracking_uri(home)).resolve(reference)
-    return _registered(version, reference.partition("@")[2] or None, store)
-
-
-def _registered(version: RegisteredVersion, selector: str | None, store: ArtifactStore) -> ServedModel:
-    artifact = store.get(version.ref)
-    if artifact.digest != version.digest:
-        raise ArtifactError(
-            f"{version} is registered with another content than {version.ref} has in this store",
-            received=artifact.digest[:16],
-            allowed=version.digest[:16],
-            next_step="set GANYMEDE_HOME to the store it was registered from, or run the recipe again",
-        )
-    alias = selector if selector in version.aliases else None
-    return _served(artifact, store, name=version.name, version=version.version, alias=alias)
-
-
-def _served(
-    artifact: Artifact, store: ArtifactStore, *, name: str, version: int | None, alias: str | None
-) -> ServedModel:
-    if artifact.ref.kind != "model":
-        raise ArtifactError("only models can be served", received=str(artifact.ref), allowed="model/NAME@VERSION")
-    return ServedModel(
-        name,
-        str(artifact.path),
-        str(artifact.ref),
-        artifact.digest,
-        version,
-        alias,
-        created=int(time.time()),
-        lineage=_lineage(artifact, store),
-    )
-
-
-def _lineage(artifact: Artifact, store: ArtifactStore) -> Lineage:
-    """What the model was made from, and the reports that any of the store's evaluations made of this content."""
-    _, *sources = ancestors([artifact.manifest], store)
-    reports = [
-        manifest
-        for manifest in store.list()
-        if manifest.kind == "report" and artifact.digest in {record.digest for record in manifest.inputs.values()}
-    ]
-    return Lineage(
-        artifact.manifest.tracking_run,
-        tuple(Ancestor(ref, digest, None if m is None else m.tracking_run) for ref, digest, m in sources),
-        tuple(Ancestor(str(manifest.ref), manifest.digest, manifest.tracking_run) for manifest in reports),
-    )
-
-
 def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str], None]) -> Endpoint:
     """Serves `model` and returns once it answers. Ray must be initialised.
 
@@ -137,7 +76,8 @@ def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str
         GanymedeError: it does not become ready.
     """
     began = time.monotonic()
-    Text.load(Path(model.folder))
+    for version in model.versions:
+        Text.load(Path(version.folder))
     running = _running_address()
     if running is None:
         require_free_port(config.port, "--port (in a recipe: stages.<deploy>.serving.port)", config.host)
@@ -154,10 +94,9 @@ def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str
     if running is None:
         say(f"starting Ray Serve ({proxy})")
         _start_serve(config, proxy)
-    say(f"loading {model.ref}")
-    updated = _deploy_app(model, config)
+    say(f"loading {' and '.join(version.ref for version in model.versions)}")
     url = f"http://{_client_host(config.host)}:{config.port}"
-    _wait_until_ready(url, model, config.start_timeout_seconds - (time.monotonic() - began))
+    updated = _deploy(model, config, url, deadline=began + config.start_timeout_seconds)
     return Endpoint(f"{url}/v1", model, proxy, updated, time.monotonic() - began)
 
 
@@ -232,19 +171,33 @@ def _start_serve(config: ServingConfig, proxy: data_plane.DataPlane) -> None:
     )
 
 
-def _deploy_app(model: ServedModel, config: ServingConfig) -> bool:
-    """Hands the application to Ray Serve without waiting for it; True if one was running."""
-    import ray
+def _deploy(model: ServedModel, config: ServingConfig, url: str, *, deadline: float) -> bool:
+    """Serves `model`, and returns once it answers; True if it replaced something.
 
-    from serving.app import APP_NAME, build_app
+    A canary is there before requests are sent to it, and ends when none can be on its way to it any more.
+    """
+    from serving.app import APP_NAME, CANARY_APP_NAME, build_app, build_canary
 
     serve = _serve_module()
+    if model.canary is not None:
+        canary = build_canary(model.canary, config, side_by_side=_has_room(config))
+        serve.run_many([serve.RunTarget(canary, CANARY_APP_NAME, None)], wait_for_applications_running=False)
+        _wait_until(lambda: True, CANARY_APP_NAME, model.canary, deadline)
     updated = APP_NAME in serve.status().applications
-    # A second replica that finds no room would hold the update up for ever.
-    room = ray.available_resources().get("CPU", 0.0) >= config.cpus_per_replica
-    target = serve.RunTarget(build_app(model, config, side_by_side=room), name=APP_NAME)
-    serve.run_many([target], wait_for_applications_running=False)
+    app = build_app(model, config, side_by_side=_has_room(config))
+    serve.run_many([serve.RunTarget(app, APP_NAME)], wait_for_applications_running=False)
+    digests = [version.digest for version in model.versions]
+    _wait_until(lambda: _healthy_digests(url) == digests, APP_NAME, model, deadline)
+    if model.canary is None and CANARY_APP_NAME in serve.status().applications:
+        serve.delete(CANARY_APP_NAME)
     return updated
+
+
+def _has_room(config: ServingConfig) -> bool:
+    """Whether one more replica can be started: one that finds no room would hold an update up for ever."""
+    import ray
+
+    return ray.available_resources().get("CPU", 0.0) >= config.cpus_per_replica
 
 
 def _client_host(host: str) -> str:
@@ -254,38 +207,37 @@ def _client_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait_until_ready(url: str, model: ServedModel, seconds: float) -> None:
-    """Returns once Ray Serve is done and `/health` answers for `model`.
+def _wait_until(answers: Callable[[], bool], name: str, model: ServedModel, deadline: float) -> None:
+    """Returns once Ray Serve is done with an application and `model` answers.
 
-    Raises `GanymedeError` if a replica fails for good, or when `seconds` are over.
+    Raises `GanymedeError` if a replica fails for good, or at the deadline.
     """
-    from serving.app import APP_NAME
-
     serve = _serve_module()
-    deadline = time.monotonic() + seconds
-    last = "no answer"
+    began, last = time.monotonic(), "no answer"
     while time.monotonic() < deadline:
-        app = serve.status().applications[APP_NAME]
+        app = serve.status().applications[name]
         messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
         last = "\n".join(messages or [app.message]).strip().rpartition("\n")[2] or last
         if app.status == "DEPLOY_FAILED":
             raise GanymedeError(f"{model.ref} could not be served: {last}", next_step=LOOK)
-        if app.status == "RUNNING" and _health(url).get("digest") == model.digest:
+        if app.status == "RUNNING" and answers():
             return
         time.sleep(POLL_SECONDS)
     raise GanymedeError(
-        f"{model.ref} was not ready after {seconds:.0f} s: {last}",
+        f"{model.ref} was not ready after {time.monotonic() - began:.0f} s: {last}",
         next_step=f"free CPUs, or raise serving.start_timeout_seconds; {LOOK}",
     )
 
 
-def _health(url: str) -> dict[str, Any]:
-    """What `/health` says; empty while nobody answers or no replica is ready."""
+def _healthy_digests(url: str) -> list[str | None]:
+    """Of the versions that answer, the canary last; empty while nobody answers or no replica is ready."""
     try:
         with urllib.request.urlopen(f"{url}/health?wake", timeout=10) as response:
-            return dict(json.load(response))
+            health = json.load(response)
     except OSError:
-        return {}
+        return []
+    canary = [health["canary"]] if "canary" in health else []
+    return [each.get("digest") for each in (health, *canary)]
 
 
 def ask(endpoint: Endpoint, question: str) -> Answer:
@@ -352,6 +304,7 @@ class DeployStage:
         """
         steps = iter(range(1, 3))
         model, wanted = self._model(config, inputs, context)
+        model = with_canary(model, config.serving.canary, context.store, context.home)
 
         def say(doing: str) -> None:
             context.progress(Progress(next(steps), 2, doing))
@@ -366,6 +319,7 @@ class DeployStage:
             "alias_wanted": wanted,
             "artifact": model.ref,
             "digest": model.digest,
+            "canary": model.canary.ref if model.canary else None,
             "proxy": endpoint.proxy,
             "updated": endpoint.updated,
             "start_seconds": endpoint.start_seconds,

@@ -1,8 +1,9 @@
 """The endpoint's middleware: one line a request in the access log, one count in the metrics. No prompt, no answer.
 
 A line is a JSON object with `time` (UTC), `request_id`, `key` (the name of the API key), `method`, `path`, `status`,
-`outcome`, `stream`, `prompt_tokens`, `answer_tokens`, `first_token_seconds` and `seconds`. The outcome is `answered`,
-`refused`, `broken` (an error after the first piece) or `left` (the client went away).
+`outcome`, `stream`, `version` (the answer's `system_fingerprint`), `prompt_tokens`, `answer_tokens`,
+`first_token_seconds` and `seconds`. The outcome is `answered`, `refused`, `broken` (an error after the first piece) or
+`left` (the client went away).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from configs.schema.serving import ApiKey
-from serving.calls import Piece, Refusal, Spent
+from serving.calls import Piece, Refusal, Spent, fingerprint
 from serving.metrics import Metrics
 from serving.timing import Waterfall, proxy_seconds
 
@@ -39,6 +40,8 @@ class Trace:
     stream: bool = False
     prompt_tokens: int = 0
     answer_tokens: int = 0
+    digest: str | None = None
+    """Of the model version that answers; None before there is anything of it."""
     reasons: list[str] = field(default_factory=list)
     """Why its answers ended."""
     first_token_seconds: float | None = None
@@ -66,6 +69,7 @@ class Trace:
                     if self.waterfall is not None:
                         self.waterfall.note((piece.index, piece.spent or Spent()) for piece in batch)
                     now = self.seconds
+                    self.digest = next((piece.model_digest for piece in batch), self.digest)
                     if self.stream:
                         self._time(batch, now, last, metrics)
                     last = now
@@ -85,12 +89,12 @@ class Trace:
     def _time(self, batch: Sequence[Piece], now: float, last: float | None, metrics: Metrics) -> None:
         if last is None:
             self.first_token_seconds = now
-            metrics.first_token(now)
+            metrics.first_token(self.digest or "", now)
             return
         # Answers to one request are written side by side: each of them waited this long.
         tokens = max(Counter(piece.index for piece in batch).values())
         for _ in range(tokens):
-            metrics.next_token((now - last) / tokens)
+            metrics.next_token(self.digest or "", (now - last) / tokens)
 
 
 class AccessLog:
@@ -149,9 +153,12 @@ class Observed:
         answered = ended and not trace.broken and 0 < status < 400
         outcome = "answered" if answered else "broken" if trace.broken else "refused" if ended else "left"
         self._metrics.responded(path, scope["method"], status)
-        self._metrics.wrote(trace.answer_tokens)
-        if answered and trace.prompt_tokens:
-            self._metrics.answered(trace.seconds, trace.prompt_tokens, trace.answer_tokens, trace.reasons)
+        if trace.digest is not None:
+            self._metrics.wrote(trace.digest, trace.answer_tokens)
+            if answered and trace.prompt_tokens:
+                self._metrics.answered(
+                    trace.digest, trace.seconds, trace.prompt_tokens, trace.answer_tokens, trace.reasons
+                )
         if outcome in ("broken", "left"):
             self._metrics.broke()
         self._log.write(
@@ -162,6 +169,7 @@ class Observed:
             status=status,
             outcome=outcome,
             stream=trace.stream,
+            version=None if trace.digest is None else fingerprint(trace.digest),
             prompt_tokens=trace.prompt_tokens,
             answer_tokens=trace.answer_tokens,
             first_token_seconds=_rounded(trace.first_token_seconds),

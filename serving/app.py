@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
-from ray.serve.deployment import Application
+from ray.serve.deployment import Application, Deployment
 from ray.serve.schema import LoggingConfig
 
+import actors
+import configs
+import serving
 from configs.schema.serving import ServingConfig
 from serving.autoscaling import Aim, WorkPolicy
 from serving.calls import ServedModel
@@ -16,6 +21,7 @@ from serving.ingress import Ingress
 from serving.replica import EngineReplica
 
 APP_NAME = "ganymede"
+CANARY_APP_NAME = "ganymede-canary"
 LOGGING = LoggingConfig(encoding="JSON", log_level="WARNING", enable_access_log=False)
 """To files of the Ray session only; neither prompts nor answers are logged."""
 
@@ -27,20 +33,43 @@ UPSCALE_SECONDS = 5.0
 """More replicas have to be wanted for this long before they are started."""
 
 
+def build_canary(model: ServedModel, config: ServingConfig, *, side_by_side: bool) -> Application:
+    """The replicas of a canary. An application of its own, so that it can be there before requests are sent to it and
+    end after the last of them; the arguments are those of `build_app`.
+    """
+    return _engines("canary", model, config, side_by_side=side_by_side).bind(model, config)
+
+
 def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) -> Application:
     """The application that serves `model`; `serve.run` starts it, or replaces the one that runs.
 
     Args:
-        model: the version.
+        model: the version; if it has a canary, that runs already.
         config: how many replicas, how large.
         side_by_side: an update starts new replicas before it ends old ones, which takes room for one more of them; else
             old ones end first, and a single replica's requests wait meanwhile.
     """
+    canary = None if model.canary is None else serve.get_app_handle(CANARY_APP_NAME)
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="ingress",
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=INGRESS_REQUESTS,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=config.drain_limit_seconds,
+        logging_config=LOGGING,
+    )
+    engine = _engines("engine", model, config, side_by_side=side_by_side).bind(model, config)
+    return ingress.bind(engine, canary, model, config)
+
+
+def _engines(name: str, model: ServedModel, config: ServingConfig, *, side_by_side: bool) -> Deployment:
+    """The replicas of one version."""
     sequences = config.max_sequences
     aim = Aim(first_token_seconds=config.first_token_seconds, sequences=sequences, busy_share=BUSY_SHARE)
-    engine = serve.deployment(
+    engines: Deployment = serve.deployment(
         EngineReplica,
-        name="engine",
+        name=name,
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         # The engine's own queue decides what is refused; Serve's limit only has to be out of its way.
         max_ongoing_requests=2 * (sequences + config.max_queued),
@@ -61,13 +90,17 @@ def build_app(model: ServedModel, config: ServingConfig, *, side_by_side: bool) 
         ),
         logging_config=LOGGING,
     )
-    ingress = serve.deployment(
-        serve.ingress()(Ingress),
-        name="ingress",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=INGRESS_REQUESTS,
-        max_surge_percent=100,
-        graceful_shutdown_timeout_s=config.drain_limit_seconds,
-        logging_config=LOGGING,
-    )
-    return ingress.bind(engine.bind(model, config), model, config)
+    # Without a version of ours, Ray Serve restarts every replica whenever anything of the application changes: a canary
+    # that comes or goes would have the stable version loaded anew. No public option of Ray Serve names versions.
+    return engines.options(version=_version(model, config), _internal=True)
+
+
+def _version(model: ServedModel, config: ServingConfig) -> str:
+    """Of a replica: two of one version need not be told apart. Model, settings and code are in it."""
+    digest = blake2b(digest_size=16)
+    digest.update(f"{model.digest} {model.folder} {config.model_dump_json(exclude={'canary'})}".encode())
+    for package in (actors, configs, serving):
+        for path in sorted(Path(package.__path__[0]).rglob("*.[pc]*")):
+            if path.suffix in (".py", ".c"):
+                digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -7,7 +7,7 @@ exception: Ray wraps exceptions that cross processes, and what the client is to 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -75,6 +75,13 @@ class ServedModel:
     created: int = 0
     """When it was resolved, seconds since the epoch."""
     lineage: Lineage = Lineage()
+    canary: ServedModel | None = None
+    """Another version, which gets a share of the requests."""
+
+    @property
+    def versions(self) -> tuple[ServedModel, ...]:
+        """This one, and the canary if there is one."""
+        return (self,) if self.canary is None else (self, self.canary)
 
 
 def fingerprint(digest: str) -> str:
@@ -170,6 +177,8 @@ class Call:
     """Digest of the model that wrote them; no other can go on."""
     tool_use: ToolUse | None = None
     """What the answers may call; None for texts alone."""
+    asker: str = ""
+    """Who asks, or the request itself; decides which of two versions of a model answers."""
 
     @property
     def answers(self) -> int:
@@ -193,6 +202,8 @@ class ReadCall:
     """Whether a text longer than the model's window is cut; it is refused otherwise."""
     normalize: bool = True
     """Whether embeddings get length 1."""
+    asker: str = ""
+    """As of a `Call`."""
 
 
 @dataclass(frozen=True)
@@ -302,6 +313,9 @@ class Refusal:
         return cls(400, message, "unsupported_by_model", "model")
 
 
+UNAVAILABLE = Refusal(503, "no engine replica can be asked now", "unavailable", retry_after_seconds=RETRY_AFTER_SECONDS)
+
+
 @dataclass(frozen=True)
 class ReplicaStatus:
     """What a replica says of itself."""
@@ -361,14 +375,14 @@ class Backend(Protocol):
         """The text of token ids, special tokens left out."""
         ...
 
-    async def status(self) -> ReplicaStatus:
-        """How the replica is."""
+    async def statuses(self) -> Mapping[str, ReplicaStatus | Refusal]:
+        """How one replica of each version is, by digest, the one that is asked first before its canary."""
         ...
 
     async def asleep(self) -> bool:
         """Whether no replica runs."""
         ...
 
-    async def reports(self) -> Sequence[LoadReport]:
-        """The work of each replica; of those that say nothing in time there is none."""
+    async def reports(self) -> Mapping[str, Sequence[LoadReport]]:
+        """The work of each replica, by the digest of its version; of those that say nothing in time there is none."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -23,6 +23,7 @@ from configs.schema.serving import ServingConfig
 from serving.calls import (
     LOST,
     RETRY_AFTER_SECONDS,
+    UNAVAILABLE,
     Call,
     LoadReport,
     Piece,
@@ -34,6 +35,7 @@ from serving.calls import (
     ServedModel,
     Tokens,
 )
+from serving.canary import versions_of
 from serving.door import Door
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
@@ -47,17 +49,19 @@ GONE = Refusal(
     LOST,
     retry_after_seconds=RETRY_AFTER_SECONDS,
 )
-UNAVAILABLE = Refusal(503, "no engine replica can be asked now", "unavailable", retry_after_seconds=RETRY_AFTER_SECONDS)
+STARTING = Refusal(503, "the engine replicas are starting", "starting", retry_after_seconds=RETRY_AFTER_SECONDS)
 REPORT_SECONDS = 2.0
+STATUS_SECONDS = 5.0
 _REPLICA_LOST = (RayActorError, grpc.aio.AioRpcError)
 _NONE_THERE = (BackPressureError, DeploymentUnavailableError)
 
 
 class RemoteEngine:
-    """A handle to the engine replicas, as a `Backend`."""
+    """A handle to the engine replicas of one version, by its digest, as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle, metrics: Metrics) -> None:
+    def __init__(self, handle: DeploymentHandle, digest: str, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._digest = digest
         self._handle = handle
         self._door = Door()
         # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica.
@@ -118,17 +122,26 @@ class RemoteEngine:
         """The text of token ids, special tokens left out."""
         return await _ask(lambda: self._handle.detokenize.remote(token_ids))
 
-    async def status(self) -> ReplicaStatus:
-        """How one of the replicas is; waits while there is none."""
-        return await self._handle.status.remote()
+    async def statuses(self) -> Mapping[str, ReplicaStatus | Refusal]:
+        """How one of the replicas is; waits a while if there is none."""
+        return {self._digest: await self._status()}
+
+    async def _status(self) -> ReplicaStatus | Refusal:
+        try:
+            async with asyncio.timeout(STATUS_SECONDS):
+                return await self._handle.status.remote()
+        except TimeoutError:
+            return STARTING
+        except (*_NONE_THERE, *_REPLICA_LOST):
+            return UNAVAILABLE
 
     async def asleep(self) -> bool:
         """Whether no replica runs; does not start one."""
         return await self._reports() is None
 
-    async def reports(self) -> Sequence[LoadReport]:
+    async def reports(self) -> Mapping[str, Sequence[LoadReport]]:
         """The work of each replica; of those that say nothing in time there is none."""
-        return await self._reports() or ()
+        return {self._digest: await self._reports() or ()}
 
     async def _reports(self) -> Sequence[LoadReport] | None:
         """None if there is no replica."""
@@ -161,9 +174,13 @@ async def _ask(ask: Callable[[], Any]) -> Any:
 class Ingress:
     """The HTTP side of the endpoint; a Ray Serve deployment wraps it."""
 
-    def __init__(self, engine: DeploymentHandle, model: ServedModel, config: ServingConfig) -> None:
-        metrics = Metrics(model.name)
-        self._api = create_api(RemoteEngine(engine, metrics), model, config, metrics)
+    def __init__(
+        self, engine: DeploymentHandle, canary: DeploymentHandle | None, model: ServedModel, config: ServingConfig
+    ) -> None:
+        metrics = Metrics(model)
+        stable = RemoteEngine(engine, model.digest, metrics)
+        other = RemoteEngine(canary, model.canary.digest, metrics) if canary and model.canary else None
+        self._api = create_api(versions_of(model, config, stable, other, metrics), model, config, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve in the replica."""

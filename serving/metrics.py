@@ -7,12 +7,13 @@ of the engines are asked of every replica when they are scraped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from serving.calls import LoadReport
+from serving.calls import LoadReport, ServedModel, fingerprint
 
+_VERSION = ("model_name", "version")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
@@ -22,9 +23,10 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 class Metrics:
     """The counters of one endpoint."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: ServedModel) -> None:
         self._registry = CollectorRegistry()
-        self._model = model
+        self._model = model.name
+        self._refs = {version.digest: version.ref for version in model.versions}
         self._first_token = self._histogram(
             "vllm:time_to_first_token_seconds", "From the request to the first token of a streamed answer.", _SECONDS
         )
@@ -44,8 +46,11 @@ class Metrics:
         self._responses = Counter(
             "http_requests", "Responses.", ("handler", "method", "status"), registry=self._registry
         )
-        self._replays = self._counter("ganymede:replays", "Times a call went on in another replica.")
-        self._broken = self._counter("ganymede:broken_answers", "Answers that broke off, or whose client went away.")
+        self._replays = self._total("ganymede:replays", "Times a call went on in another replica.")
+        self._broken = self._total("ganymede:broken_answers", "Answers that broke off, or whose client went away.")
+        self._fallbacks = self._total(
+            "ganymede:canary_fallbacks", "Requests that the stable version answered as no canary could be asked."
+        )
         self._running = self._gauge("vllm:num_requests_running", "Requests whose answers are being written.")
         self._waiting = self._gauge("vllm:num_requests_waiting", "Requests that have no token yet.")
         self._waiting_tokens = self._gauge("ganymede:num_tokens_waiting", "Prompt tokens of requests without a token.")
@@ -57,27 +62,30 @@ class Metrics:
         """A response has begun."""
         self._responses.labels(route, method, str(status)).inc()
 
-    def first_token(self, seconds: float) -> None:
+    def first_token(self, digest: str, seconds: float) -> None:
         """A streamed answer's first token is there."""
-        self._first_token.labels(self._model).observe(seconds)
+        self._first_token.labels(*self._labels(digest)).observe(seconds)
 
-    def next_token(self, seconds: float) -> None:
+    def next_token(self, digest: str, seconds: float) -> None:
         """One more token of a stream has come after some time."""
-        self._between_tokens.labels(self._model).observe(seconds)
+        self._between_tokens.labels(*self._labels(digest)).observe(seconds)
 
-    def answered(self, seconds: float, prompt_tokens: int, answer_tokens: int, reasons: Sequence[str]) -> None:
+    def answered(
+        self, digest: str, seconds: float, prompt_tokens: int, answer_tokens: int, reasons: Sequence[str]
+    ) -> None:
         """A request has been answered to its end."""
-        self._latency.labels(self._model).observe(seconds)
-        self._prompt_length.labels(self._model).observe(prompt_tokens)
-        self._prompt_tokens.labels(self._model).inc(prompt_tokens)
+        labels = self._labels(digest)
+        self._latency.labels(*labels).observe(seconds)
+        self._prompt_length.labels(*labels).observe(prompt_tokens)
+        self._prompt_tokens.labels(*labels).inc(prompt_tokens)
         for reason in reasons:
-            self._finished.labels(self._model, reason).inc()
+            self._finished.labels(*labels, reason).inc()
         if reasons:
-            self._answer_length.labels(self._model).observe(answer_tokens)
+            self._answer_length.labels(*labels).observe(answer_tokens)
 
-    def wrote(self, tokens: int) -> None:
+    def wrote(self, digest: str, tokens: int) -> None:
         """Tokens of one request, answered or not."""
-        self._answer_tokens.labels(self._model).inc(tokens)
+        self._answer_tokens.labels(*self._labels(digest)).inc(tokens)
 
     def broke(self) -> None:
         """A stream ended early."""
@@ -87,29 +95,44 @@ class Metrics:
         """A call goes on in another replica."""
         self._replays.labels(self._model).inc()
 
-    def exposition(self, reports: Sequence[LoadReport]) -> bytes:
-        """Everything, with the gauges of the replicas' reports."""
-        for gauge in (self._running, self._waiting, self._waiting_tokens, self._cache, self._speed):
+    def fell_back(self) -> None:
+        """The stable version answers in place of the canary."""
+        self._fallbacks.labels(self._model).inc()
+
+    def exposition(self, reports: Mapping[str, Sequence[LoadReport]]) -> bytes:
+        """Everything, with the gauges of the replicas' reports, by the digest of their version."""
+        for gauge in (self._running, self._waiting, self._waiting_tokens, self._cache, self._speed, self._replicas):
             gauge.clear()
-        self._replicas.labels(self._model).set(len(reports))
-        for index, report in enumerate(reports):
-            labels = (self._model, str(index))
-            self._running.labels(*labels).set(report.running)
-            self._waiting.labels(*labels).set(report.waiting)
-            self._waiting_tokens.labels(*labels).set(report.waiting_tokens)
-            self._cache.labels(*labels).set(report.running_tokens / max(1, report.capacity_tokens))
-            self._speed.labels(*labels).set(report.prompt_tokens_per_second)
+        for digest, those in reports.items():
+            self._replicas.labels(*self._labels(digest)).set(len(those))
+            for index, report in enumerate(those):
+                labels = (*self._labels(digest), str(index))
+                self._running.labels(*labels).set(report.running)
+                self._waiting.labels(*labels).set(report.waiting)
+                self._waiting_tokens.labels(*labels).set(report.waiting_tokens)
+                self._cache.labels(*labels).set(report.running_tokens / max(1, report.capacity_tokens))
+                self._speed.labels(*labels).set(report.prompt_tokens_per_second)
         return generate_latest(self._registry)
 
+    def _labels(self, digest: str) -> tuple[str, str]:
+        """Model and version; during an update a replica may still hold one that is not known here."""
+        return self._model, self._refs.get(digest) or fingerprint(digest)
+
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        return Histogram(name, text, ("model_name",), registry=self._registry, buckets=buckets)
+        return Histogram(name, text, _VERSION, registry=self._registry, buckets=buckets)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        counter = Counter(name, text, ("model_name", *labels), registry=self._registry)
+        counter = Counter(name, text, (*_VERSION, *labels), registry=self._registry)
         if not labels:
-            counter.labels(self._model)  # shown as 0 before it first counts
+            for digest in self._refs:
+                counter.labels(*self._labels(digest))  # shown as 0 before it first counts
+        return counter
+
+    def _total(self, name: str, text: str) -> Counter:
+        """Of all versions."""
+        counter = Counter(name, text, ("model_name",), registry=self._registry)
+        counter.labels(self._model)
         return counter
 
     def _gauge(self, name: str, text: str, *, engine: bool = True) -> Gauge:
-        labels = ("model_name", "engine") if engine else ("model_name",)
-        return Gauge(name, text, labels, registry=self._registry)
+        return Gauge(name, text, (*_VERSION, "engine") if engine else _VERSION, registry=self._registry)

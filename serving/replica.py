@@ -126,7 +126,7 @@ class EngineReplica:
         return self._text.decode(token_ids)
 
     async def status(self) -> ReplicaStatus:
-        """Asked by `/health`: answers only once the model is loaded."""
+        """Answers only once the model is loaded."""
         healthy = self._engine.healthy and not self._hangs
         return ReplicaStatus(self._digest, healthy, self._context_length, self.capabilities, self._labels)
 
@@ -158,9 +158,13 @@ class EngineReplica:
         """Never: this is a replica."""
         return False
 
-    async def reports(self) -> list[LoadReport]:
+    async def statuses(self) -> dict[str, ReplicaStatus | Refusal]:
+        """Of all versions: there is this one."""
+        return {self._digest: await self.status()}
+
+    async def reports(self) -> dict[str, list[LoadReport]]:
         """Of all replicas: there is this one."""
-        return [self._watch.report]
+        return {self._digest: [self._watch.report]}
 
     def _or_lost(self, refusal: Refusal) -> Refusal:
         """A refusal as it is, unless it is the engine that has failed, and not the request."""

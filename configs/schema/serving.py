@@ -32,6 +32,15 @@ class ApiKey(Config):
     """Prompt and answer tokens together."""
 
 
+class CanaryConfig(Config):
+    """A second version of the model that is served, which gets a share of the requests."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """NAME@ALIAS or NAME@VERSION of the registry, or model/NAME@VERSION: the same name, another version."""
+    weight: Annotated[float, Field(gt=0, lt=1)]
+    """Share of those who ask (the field `user` of requests; where it is missing, of the requests) that get it."""
+
+
 class ServingConfig(Config):
     """An OpenAI-compatible endpoint on Ray Serve."""
 
@@ -52,6 +61,8 @@ class ServingConfig(Config):
     """Sequences that wait in a replica before it answers 503; also the most prompts of one request."""
     max_body_bytes: Annotated[int, Field(ge=1 << 10)] = 4 << 20
     """Longer request bodies are answered 413."""
+    canary: CanaryConfig | None = None
+    """A second version beside the one that is served, with as many replicas as it may have."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0

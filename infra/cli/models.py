@@ -34,7 +34,7 @@ def find_model_folder(model: str, home: Path) -> FoundModel:
     if folder.is_dir():
         return FoundModel(folder, None, None)
     from actors.store.artifacts import ArtifactStore
-    from infra.deploy import find_model
+    from infra.served import find_model
 
     found = find_model(model, ArtifactStore(home / "artifacts"), home)
     return FoundModel(Path(found.folder), found.ref, found.digest)

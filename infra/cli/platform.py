@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from configs.errors import InputError
 from infra.cli.output import Debug, Json, err, print_json, print_table, say
 from infra.local import (
     local_ray_environment,
@@ -19,7 +20,21 @@ from infra.local import (
 )
 
 if TYPE_CHECKING:
+    from configs.schema.serving import CanaryConfig
     from infra.platform import Platform
+
+Canary = Annotated[
+    str | None,
+    typer.Option(metavar="NAME@ALIAS", help="Another version of the model, which gets a share of the requests."),
+]
+CanaryWeight = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE", min=0.001, max=0.999,
+        help="The canary's share of those who ask (the field user of requests; where it is missing, of the requests); "
+        "0.1 unless given.",
+    ),
+]  # fmt: skip
 
 
 def up(
@@ -30,13 +45,21 @@ def up(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the endpoint.")] = 8000,
     dashboard_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of Ray's dashboard.")] = 8265,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of MLflow's UI.")] = 5000,
+    canary: Canary = None,
+    canary_weight: CanaryWeight = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Starts Ray, MLflow's UI and the endpoint on loopback; they outlive the terminal. Example: ganymede up."""
+    """Starts Ray, MLflow's UI and the endpoint on loopback; they outlive the terminal. Example: ganymede up.
+
+    Where they run already, the endpoint is brought to what is asked for, without failing a request: another version
+    (--serve demo@champion), a canary beside it (--serve demo@champion --canary demo@candidate), its end (without
+    --canary).
+    """
     from actors.store.tracker import tracking_uri
     from infra import platform
 
+    share = _share(canary, canary_weight)
     home = state_home()
     route_logs(home)
     if platform.running_platform(home) is None:
@@ -57,8 +80,11 @@ def up(
     model = serve or _champion(tracking_uri(home))
     if model is not None:
         with ray_session(home):
-            url = _start_endpoint(model, home, port=port, host=platform.LOOPBACK)
-        platform.record_endpoint(home, url, model)
+            url = _start_endpoint(model, home, port=port, host=platform.LOOPBACK, canary=share)
+        beside = f" with {share.weight:.0%} for {share.model}" if share else ""
+        platform.record_endpoint(home, url, f"{model}{beside}")
+    elif share is not None:
+        raise InputError("--canary needs a model beside it", received=share.model, allowed="--serve NAME@ALIAS")
     else:
         say("no endpoint: no model is champion; ganymede up --serve NAME@ALIAS serves another")
     _show(platform.recorded_platform(home), as_json)
@@ -93,16 +119,19 @@ def serve(
     require_key: Annotated[
         bool, typer.Option("--require-key", help="Ask for API keys on loopback too (ganymede keys add NAME).")
     ] = False,
+    canary: Canary = None,
+    canary_weight: CanaryWeight = None,
     debug: Debug = False,
 ) -> None:
     """Serves a model with the OpenAI API until Ctrl-C. Example: ganymede serve demo@champion --port 8000."""
 
+    share = _share(canary, canary_weight)
     home = state_home()
     route_logs(home)
     with ray_session(home) as cluster:
         from infra.deploy import stop_serving
 
-        url = _start_endpoint(model, home, port=port, host=host, require_key=require_key)
+        url = _start_endpoint(model, home, port=port, host=host, require_key=require_key, canary=share)
         typer.echo(f"{model} answers at {url} (OpenAI API); Ctrl-C ends it")
         try:
             while True:
@@ -114,15 +143,30 @@ def serve(
                 stop_serving()
 
 
-def _start_endpoint(model: str, home: Path, *, port: int, host: str, require_key: bool = False) -> str:
+def _share(canary: str | None, weight: float | None) -> CanaryConfig | None:
+    """The canary that was asked for."""
+    from configs.schema.serving import CanaryConfig
+
+    if canary is not None:
+        return CanaryConfig(model=canary, weight=0.1 if weight is None else weight)
+    if weight is not None:
+        raise InputError("--canary-weight is of a canary", received=weight, allowed="together with --canary NAME@ALIAS")
+    return None
+
+
+def _start_endpoint(
+    model: str, home: Path, *, port: int, host: str, canary: CanaryConfig | None, require_key: bool = False
+) -> str:
     """Serves `model` on the connected Ray; returns the base URL for OpenAI clients once it answers."""
     with err().status(f"finding {model}") as status:
         from actors.store.artifacts import ArtifactStore
         from configs.schema.serving import ServingConfig
-        from infra.deploy import find_model, serve_model
+        from infra.deploy import serve_model
+        from infra.served import find_model, with_canary
 
-        served = find_model(model, ArtifactStore(home / "artifacts"), home)
-        config = ServingConfig(port=port, host=host, require_keys=require_key or None).within(home)
+        store = ArtifactStore(home / "artifacts")
+        served = with_canary(find_model(model, store, home), canary, store, home)
+        config = ServingConfig(port=port, host=host, require_keys=require_key or None, canary=canary).within(home)
         endpoint = serve_model(served, config, say=status.update)
     return endpoint.url
 

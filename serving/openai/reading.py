@@ -36,7 +36,7 @@ class _ReadRequest(Strict):
     truncate: bool = False
     """Whether the end of a text that is longer than the model's window is left out; it is refused otherwise."""
     user: str | None = None
-    """Who asks, for the client's own records; has no effect."""
+    """Who asks: all of theirs go to one version where there is a canary; has no other effect."""
     return_timing: bool = False
     """The answer says where its time went, in the header `Server-Timing`."""
 

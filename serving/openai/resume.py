@@ -24,7 +24,7 @@ from zlib import crc32
 
 from pydantic import BaseModel
 
-from serving.calls import Call, Piece, Refusal, fingerprint
+from serving.calls import Call, Piece, Refusal, ServedModel, fingerprint
 from serving.openai.body import short
 
 HEADER = "Last-Event-ID"
@@ -76,17 +76,18 @@ class EventId:
         source = Source(found["call"], int(found["created"]), found["fingerprint"], found["asked"])
         return cls(source, tuple(map(int, found["steps"].split("-"))), found["written"])
 
-    def check(self, asked: BaseModel, call: Call, digest: str) -> Refusal | None:
-        """Why the event is none of an answer to this request by the model with this digest; None if it may be."""
+    def again(self, asked: BaseModel, call: Call, model: ServedModel) -> Call | Refusal:
+        """The call that has the answer written once more, or why the event is none of an answer to this request.
+
+        The first call may still be in the engine under its own id.
+        """
         if self.source.asked != digest_of(asked) or len(self.steps) != call.answers:
             return _refusal(400, f"it is of the answer to another request; {_ANEW}", "request_mismatch")
-        if self.source.fingerprint != fingerprint(digest):
+        digests = (version.digest for version in model.versions)
+        digest = next((each for each in digests if fingerprint(each) == self.source.fingerprint), None)
+        if digest is None:
             return _refusal(410, f"the model that wrote the answer is no longer served; {_ANEW}", "model_replaced")
-        return None
-
-    def again(self, call: Call, model_digest: str) -> Call:
-        """The call that has the answer written once more; the first one may still be in the engine under its own id."""
-        return replace(call, id=f"{call.id}.{secrets.token_hex(4)}", begun_by=model_digest)
+        return replace(call, id=f"{call.id}.{secrets.token_hex(4)}", begun_by=digest)
 
 
 class Cursor:

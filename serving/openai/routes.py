@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -35,7 +35,7 @@ from serving.openai.reading import (
     ScoreRequest,
     read_answer,
 )
-from serving.openai.resume import HEADER, EventId, begin
+from serving.openai.resume import HEADER, EventId, begin, digest_of
 from serving.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -49,7 +49,6 @@ logger = logging.getLogger("ray.serve")
 
 T = TypeVar("T")
 
-HEALTH_TIMEOUT_SECONDS = 5.0
 TIMING_HEADER = "Server-Timing"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -107,23 +106,24 @@ class _Routes:
         """
         if self._config.replicas_min == 0 and "wake" not in request.query_params and await self._engine.asleep():
             return JSONResponse({"status": "asleep", "model": self._model.name})
-        try:
-            status = await asyncio.wait_for(self._engine.status(), HEALTH_TIMEOUT_SECONDS)
-        except TimeoutError:
-            return JSONResponse({"status": "starting", "model": self._model.name}, 503)
-        if not status.healthy:
-            return JSONResponse({"status": "stopped", "model": self._model.name}, 503)
-        return JSONResponse({"status": "ok", "model": self._model.name, "digest": status.digest})
+        found, *canary = map(_health, (await self._engine.statuses()).values())
+        health = {**found, "model": self._model.name} | ({"canary": canary[0]} if canary else {})
+        return JSONResponse(health, 200 if found["status"] == "ok" else 503)
 
     async def models(self, request: Request) -> Response:
         """All models that the key may ask: there is the one that is served."""
         allowed = _may_ask(request, self._model.name)
-        return JSONResponse({"object": "list", "data": [_describe(self._model, None)] if allowed else []})
+        return JSONResponse({"object": "list", "data": [_entry(self._model)] if allowed else []})
 
     async def model(self, request: Request, name: str) -> Response:
         """What is known of one model: its artifact, its version in the registry, what it can do."""
         self._require(request, name)
-        return JSONResponse(_describe(self._model, await self._engine.status()))
+        statuses = await self._engine.statuses()
+        entry = _describe(self._model, _accepted(statuses[self._model.digest]))
+        if self._model.canary is not None and self._config.canary is not None:
+            canary = _describe(self._model.canary, statuses[self._model.canary.digest])
+            entry["canary"] = {**canary, "weight": self._config.canary.weight}
+        return JSONResponse(entry)
 
     async def completions(self, request: Request) -> Response:
         """Continues prompts."""
@@ -168,11 +168,12 @@ class _Routes:
         self._require(request, asked.model)
         trace: Trace = request.scope["trace"]
         trace.request_id = f"{prefix}-{uuid.uuid4().hex}"
-        call = asked.call(trace.request_id)
+        call = replace(asked.call(trace.request_id), asker=self._asker(asked))
         waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
         readings = await self._engine.read(call)
         if isinstance(readings, Refusal):
             raise ApiError(asked.named(readings))
+        trace.digest = readings.model_digest
         trace.count(readings.prompt_tokens, 0)
         answer = JSONResponse(read_answer(asked, call.id, int(time.time()), readings))
         if waterfall is not None:
@@ -188,12 +189,9 @@ class _Routes:
         event_id = _last_event_id(asked, request)
         trace.stream = asked.stream
         trace.request_id = f"{prefix}-{uuid.uuid4().hex}" if event_id is None else event_id.source.call_id
-        call = asked.call(trace.request_id)
+        call = replace(asked.call(trace.request_id), asker=self._asker(asked))
         if event_id is not None:
-            refusal = event_id.check(asked, call, self._model.digest)
-            if refusal is not None:
-                raise ApiError(refusal)
-            call = event_id.again(call, self._model.digest)
+            call = _accepted(event_id.again(asked, call, self._model))
         waterfall = Waterfall(trace.began, trace.proxy_seconds) if asked.return_timing else None
         trace.waterfall = waterfall
         batches = trace.follow(self._engine.stream(call), self._metrics, asked.n)
@@ -215,6 +213,12 @@ class _Routes:
                 waterfall.whole if call.whole else waterfall.until_first_token
             )
         return answer
+
+    def _asker(self, asked: ReadRequest | CompletionRequest | ChatRequest) -> str:
+        """What decides whether the canary answers, if there is one."""
+        if self._model.canary is None:
+            return ""
+        return digest_of(asked) if asked.user is None else asked.user
 
     async def _body(self, request: Request) -> bytes:
         """The request's body. Raises `ApiError`: 413 as soon as it is known to be too long, 408 if it is too slow."""
@@ -263,22 +267,36 @@ def _accepted(result: T | Refusal) -> T:
     return result
 
 
-def _describe(model: ServedModel, status: ReplicaStatus | None) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": model.name, "object": "model", "created": model.created, "owned_by": "ganymede"}
-    if status is None:
-        return entry
-    return {
-        **entry,
+def _entry(model: ServedModel) -> dict[str, Any]:
+    """As OpenAI's list of models has it."""
+    return {"id": model.name, "object": "model", "created": model.created, "owned_by": "ganymede"}
+
+
+def _describe(model: ServedModel, status: ReplicaStatus | Refusal) -> dict[str, Any]:
+    """What is known of a version; without what it can do while no replica says that."""
+    entry = {
+        **_entry(model),
         "artifact": model.ref,
         "digest": model.digest,
         "registry_version": model.version,
         "alias": model.alias,
         "system_fingerprint": fingerprint(model.digest),
+        "lineage": asdict(model.lineage),
+    }
+    if isinstance(status, Refusal):
+        return entry
+    return {
+        **entry,
         "context_length": status.context_length,
         "capabilities": status.capabilities,
         "labels": status.labels,
-        "lineage": asdict(model.lineage),
     }
+
+
+def _health(status: ReplicaStatus | Refusal) -> dict[str, str]:
+    if isinstance(status, Refusal):
+        return {"status": "starting" if status.code == "starting" else "stopped"}
+    return {"status": "ok", "digest": status.digest} if status.healthy else {"status": "stopped"}
 
 
 async def _refused(request: Request, error: Exception) -> Response:

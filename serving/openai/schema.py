@@ -87,7 +87,7 @@ class _Request(Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
-    """Who asks, for the client's own records; has no effect."""
+    """Who asks: all of theirs go to one version where there is a canary; has no other effect."""
 
     # Not in OpenAI's API, but in that of other servers; `openai` clients send them as `extra_body`.
     top_k: Annotated[int, Field(ge=0)] = 0

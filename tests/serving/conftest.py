@@ -22,6 +22,7 @@ from infra.deploy import Endpoint, serve_model, stop_serving
 from infra.local import quiet_environment, ray_session
 from infra.platform import free_ports
 from serving.calls import ServedModel
+from serving.canary import versions_of
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
 from serving.replica import EngineReplica
@@ -88,8 +89,12 @@ def real_endpoint(folder: Path, home: Path, **settings: Any) -> Iterator[Endpoin
 def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> Iterator[str]:
     """The same for a model that says of itself what `model` does."""
     config = ServingConfig(precision="fp32", **settings)
-    replica = EngineReplica(replace(model, folder=str(folder)), config)
-    api = create_api(replica, model, config, Metrics(model.name))
+    replicas = [EngineReplica(replace(model, folder=str(folder)), config)]
+    if model.canary is not None:
+        replicas.append(EngineReplica(model.canary, config))
+    metrics = Metrics(model)
+    backend = versions_of(model, config, replicas[0], replicas[-1], metrics)
+    api = create_api(backend, model, config, metrics)
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -100,7 +105,8 @@ def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> Iterator[s
     finally:
         server.should_exit = True
         thread.join()
-        replica.close()
+        for replica in replicas:
+            replica.close()
 
 
 @pytest.fixture(scope="session")

@@ -75,11 +75,12 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 def values(http: httpx.Client) -> dict[tuple[str, ...], float]:
-    """Every sample by name and label values other than the model's."""
+    """Every sample by name and label values other than the model's and its version's: there is one."""
     answer = http.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
+    always = ("model_name", "version")
     return {
-        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k != "model_name")): sample.value
+        (sample.name, *(v for k, v in sorted(sample.labels.items()) if k not in always)): sample.value
         for family in text_string_to_metric_families(answer.text)
         for sample in family.samples
     }

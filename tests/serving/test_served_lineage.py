@@ -11,7 +11,7 @@ import pytest
 from actors.store.artifacts import Artifact, ArtifactStore
 from configs.artifacts import Identity, Ref
 from configs.errors import ArtifactError
-from infra.deploy import find_model
+from infra.served import find_model
 from tests.serving.conftest import endpoint_of
 
 
