@@ -131,6 +131,7 @@ def test_while_no_canary_can_be_asked_the_stable_version_answers_and_says_so(
 
     async def lose_it() -> None:
         assert set(await digests()) == {"cd" * 32}
+        assert set(await digests(begun_by="ab" * 32)) == {"ab" * 32}
         assert fallbacks() == 0
         canary.close()
         assert set(await digests()) == {"ab" * 32}
