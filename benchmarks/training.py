@@ -32,8 +32,10 @@ from benchmarks.programs import ROOT, run_module
 from configs.schema.model import ModelConfig
 from configs.schema.training import OptimConfig
 from pipelines.training.checkpoint import Checkpoint, Checkpoints
+from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.models import build_model
 from pipelines.training.optim import Optimizer
+from pipelines.training.parallel import Ranks
 from pipelines.training.sharding import held_weights
 
 SHAPE = {"hidden_size": 384, "layers": 8, "heads": 6, "intermediate_size": 1024, "context_length": 256}
@@ -41,6 +43,8 @@ VOCAB = 8192
 ROWS, MICRO_ROWS = 16, 8
 REFERENCE_ROWS, REFERENCE_STEPS, REFERENCE_LOSS = 12, 2000, 1.886
 SAVE_EVERY = 50
+_WRITE_SECONDS = 3.0
+"""By then a checkpoint is written, as it is in the 50 steps of a run."""
 _CHARACTERS = {"vocab": 261, "length": 64, "width": 128, "layers": 4, "heads": 4, "inner": 352}
 _LOOPS = {
     "bare loop, its loss over all logits": "bare",
@@ -154,11 +158,13 @@ def _saving(shape: ModelConfig, vocab: int, work: Path) -> dict[str, float]:
     states = {"model": weights, **optimizer.state()}
     tensors = {f"{kind}/{name}": tensor for kind, state in states.items() for name, tensor in state.items()}
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        checkpoints, stalls = Checkpoints(Path(folder)), []
-        for step in range(1, 6):
-            started = time.perf_counter()
-            checkpoints.save(Checkpoint(step, 0, tensors))
-            stalls.append(time.perf_counter() - started)
+        writer, stalls = CheckpointWriter(Checkpoints(Path(folder)), Ranks()), []
+        with writer.finishing(lambda problem: print(problem, file=sys.stderr)):
+            for step in range(1, 6):
+                started = time.perf_counter()
+                writer.save(Checkpoint(step, 0, tensors))
+                stalls.append(time.perf_counter() - started)
+                time.sleep(_WRITE_SECONDS)
     return {"seconds": median(stalls), "bytes": sum(t.nbytes for t in tensors.values())}
 
 
