@@ -24,9 +24,6 @@
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef float unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
-/* Has `threads` do all parts of some work, this one among them; see crew.c. */
-void share(int parts, int threads, void (*work)(const void *, int), const void *of);
-
 /* `rows` of x times one panel, or several, of a weight. The weight lies in panels of WIDE columns, each one row of the
  * panel after the other, so that it is read in the order in which it lies in memory. The columns' `bias`, unless NULL,
  * is what sums begin with, and with `add` what `out` holds as well. */
@@ -124,22 +121,6 @@ static void block(const float *x, const float *weight, const float *bias, float 
     }
 }
 
-struct factors {
-    const float *x, *weight, *bias;
-    float *out;
-    int rows, inner, cols, add, panels, parts;
-};
-
-/* All rows times some panels. */
-static void product_part(const void *of, int part)
-{
-    const struct factors f = *(const struct factors *)of;
-    const int first = (long)f.panels * part / f.parts, last = (long)f.panels * (part + 1) / f.parts;
-    for (int row = 0; row < f.rows; row += BLOCK)
-        block(f.x + (ptrdiff_t)row * f.inner, f.weight, f.bias, f.out + (ptrdiff_t)row * f.cols,
-              f.rows - row < BLOCK ? f.rows - row : BLOCK, f.inner, f.cols, f.add, first, last);
-}
-
 /* Columns of a panel. */
 int panel_width(void) { return WIDE; }
 
@@ -149,12 +130,15 @@ void product(const float *x, const float *weight, const float *bias, float *out,
              int threads)
 {
     const int panels = (cols + WIDE - 1) / WIDE;
-    const struct factors factors = {
-        x, weight, bias, out, rows, inner, cols, add, panels,
-        /* Several parts a thread, as another process may have taken one of the cores for a while. */
-        threads == 1 ? 1 : panels < 4 * threads ? panels : 4 * threads,
-    };
-    share(factors.parts, threads, product_part, &factors);
+    /* Several parts a thread, as another process may have taken one of the cores for a while. */
+    const int parts = threads == 1 ? 1 : panels < 4 * threads ? panels : 4 * threads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int part = 0; part < parts; part++) {
+        const int first = (long)panels * part / parts, last = (long)panels * (part + 1) / parts;
+        for (int row = 0; row < rows; row += BLOCK)
+            block(x + (ptrdiff_t)row * inner, weight, bias, out + (ptrdiff_t)row * cols,
+                  rows - row < BLOCK ? rows - row : BLOCK, inner, cols, add, first, last);
+    }
 }
 
 typedef int whole __attribute__((vector_size(4 * LANES)));
@@ -255,40 +239,22 @@ static void attend_one(const float *query, const float *keys, const float *value
     }
 }
 
-struct attention {
-    const float *queries, *keys, *values, *bias;
-    float *weights, *out;
-    const long *rows, *lengths;
-    long longest, stride, row_stride, head_stride, bias_stride;
-    int kv_heads, group, size;
-    float scale;
-};
-
-/* One head of keys of one sequence. */
-static void attend_part(const void *of, int part)
-{
-    const struct attention a = *(const struct attention *)of;
-    const long token = part / a.kv_heads, head = part % a.kv_heads;
-    const long start = a.rows[token] * a.row_stride + head * a.head_stride;
-    for (int g = 0; g < a.group; g++) {
-        const long query = head * a.group + g, place = token * a.kv_heads * a.group + query;
-        attend_one(a.queries + token * a.stride + query * a.size, a.keys + start, a.values + start,
-                   a.bias ? a.bias + query * a.bias_stride : NULL, a.weights + place * a.longest,
-                   a.out + place * a.size, a.lengths[token], a.size, a.scale);
-    }
-}
-
 /* One new token of each of `count` sequences over the rows of a cache of [row, kv head, position, size]: queries and
  * `out` are [count, kv heads * group, size], of which queries may lie `stride` numbers apart. */
 void attend(const float *queries, const float *keys, const float *values, const float *bias, float *weights,
             float *out, const long *rows, const long *lengths, long longest, long stride, long row_stride,
             long head_stride, long bias_stride, int count, int kv_heads, int group, int size, float scale, int threads)
 {
-    const struct attention attention = {
-        queries, keys, values, bias, weights, out, rows, lengths, longest, stride, row_stride, head_stride,
-        bias_stride, kv_heads, group, size, scale,
-    };
-    share(count * kv_heads, threads, attend_part, &attention);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int n = 0; n < count * kv_heads; n++) {
+        const long token = n / kv_heads, head = n % kv_heads, start = rows[token] * row_stride + head * head_stride;
+        for (int g = 0; g < group; g++) {
+            const long query = head * group + g, place = token * kv_heads * group + query;
+            attend_one(queries + token * stride + query * size, keys + start, values + start,
+                       bias ? bias + query * bias_stride : NULL, weights + place * longest, out + place * size,
+                       lengths[token], size, scale);
+        }
+    }
 }
 
 /* Copies `count` times `heads` vectors of `size` numbers, each token's `stride` after the last one's, to addresses

@@ -1,9 +1,9 @@
 """`kernels.c` as functions of tensors: compiled when the first model is opened, in half a second.
 
 For fp32 on a CPU. Against torch's own on one core with AVX2: products of 2 to 16 rows 1.5 to 2.8 times as fast, of 256
-rows 1.1 times; attention of single tokens over unlike lengths without a mask, and without reading past an end. Threads
-share the work without waiting for one that has no core (`crew.c`). Where there is no C compiler, and in other
-precisions and places, callers do with torch; `kernels_for` says which, and a log line why.
+rows 1.1 times; attention of single tokens over unlike lengths without a mask, and without reading past an end. Where
+there is no C compiler, and in other precisions and places, callers do with torch; `kernels_for` says which, and a log
+line why.
 """
 
 # ruff: noqa: N803, N806 - names end in the shape of their tensor: N token, H query head, K key/value head, D head dim
@@ -26,8 +26,9 @@ KernelsKind = Literal["compiled", "torch"]
 Activation = Literal["gelu", "silu", "gelu_new"]
 """By their names in `transformers`."""
 
-_SOURCES = [str(Path(__file__).with_name(name)) for name in ("kernels.c", "crew.c")]
-_COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-pthread", "-shared")
+_SOURCE = Path(__file__).with_name("kernels.c")
+# No OpenMP library is linked: its functions are found in the one that torch has loaded, whose threads are shared.
+_COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-c")
 _SMALL = 1 << 18
 """Multiplications that one thread has done before others have begun."""
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
@@ -175,12 +176,12 @@ def _compiled() -> Kernels | None:
         _log.warning("no C compiler is installed: models in fp32 run on torch alone, which is slower on a CPU")
         return None
     with tempfile.TemporaryDirectory(prefix="ganymede-") as name:
-        built = f"{name}/kernels.so"
+        built, linked = f"{name}/kernels.o", f"{name}/kernels.so"
         try:
-            command = [compiler, *_COMPILE, *_SOURCES, "-o", built, "-lm"]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            return Kernels(ctypes.CDLL(built))
+            for command in ([*_COMPILE, str(_SOURCE), "-o", built], ["-shared", built, "-o", linked, "-lm"]):
+                subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
+            return Kernels(ctypes.CDLL(linked))
         except (OSError, subprocess.SubprocessError) as error:
             output = str(getattr(error, "stderr", None) or error).strip()
-            _log.warning("%s cannot compile kernels.c, models in fp32 run on torch alone: %s", compiler, output)
+            _log.warning("%s cannot compile %s, models in fp32 run on torch alone: %s", compiler, _SOURCE.name, output)
             return None

@@ -1,9 +1,6 @@
 """The compiled kernels against torch, whatever the shape, and independent of what stands beside a row."""
 
-import multiprocessing
-import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -68,41 +65,6 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_nor_on_the_threads() -> Non
                 assert torch.equal(together, alone)
     finally:
         torch.set_num_threads(threads)
-
-
-@needs_compiler
-def test_callers_that_multiply_at_the_same_time_get_their_own_results() -> None:
-    layer, _, _ = linear(3000, 400, bias=True)
-    inputs = [torch.randn(30, 400) for _ in range(4)]
-    alone = [layer(x) for x in inputs]
-
-    def again(number: int) -> bool:
-        torch.set_num_threads(3)
-        return all(torch.equal(layer(inputs[number]), alone[number]) for _ in range(40))
-
-    with ThreadPoolExecutor(4) as callers:
-        assert all(callers.map(again, range(4)))
-
-
-@needs_compiler
-def test_a_forked_process_multiplies_on() -> None:
-    layer, _, _ = linear(3000, 400, bias=True)
-    x = torch.randn(30, 400)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        expected = layer(x)
-        process = multiprocessing.get_context("fork").Process(target=_expect, args=(layer, x, expected))
-        process.start()
-        process.join(30)
-        assert process.exitcode == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _expect(layer: Linear, x: torch.Tensor, expected: torch.Tensor) -> None:
-    same = all((layer(x).numpy() == expected.numpy()).all() for _ in range(40))
-    os._exit(0 if same else 1)
 
 
 @needs_compiler
