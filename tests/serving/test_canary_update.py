@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,13 +14,12 @@ import psutil
 import pytest
 
 from configs.schema.serving import CanaryConfig, ServingConfig
-from infra.deploy import Endpoint, serve_model, stop_serving
-from infra.local import quiet_environment, ray_session
-from infra.platform import free_ports
+from infra.deploy import Endpoint, serve_model
 from serving.calls import ServedModel, fingerprint
 from serving.canary import gets_canary
-from tests.serving.conftest import make_model, served
+from tests.serving.update_world import config, endpoint, versions
 
+__all__ = ["config", "endpoint", "versions"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 CLIENTS = 6
@@ -30,30 +27,6 @@ TOKENS = 150
 ANSWERS_IN_EACH_STATE = 2
 """That each client waits for before the endpoint changes again."""
 WEIGHT = 0.5
-
-
-@pytest.fixture(scope="module")
-def versions(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedModel, ServedModel]:
-    other = make_model(tmp_path_factory.mktemp("second-model"), seed=8)
-    return served(model_folder), replace(served(other), digest="cd" * 32, ref="model/tiny-finetune@4", version=4)
-
-
-@pytest.fixture(scope="module")
-def config() -> ServingConfig:
-    (port,) = free_ports(1)
-    return ServingConfig(port=port, replicas_max=1, cpus_per_replica=0.5, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def endpoint(
-    versions: tuple[ServedModel, ServedModel], config: ServingConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Endpoint]:
-    quiet_environment()
-    home = tmp_path_factory.mktemp("home")
-    (home / "logs").mkdir()
-    with ray_session(home):
-        yield serve_model(versions[0], config, say=lambda _: None)
-        stop_serving()
 
 
 @dataclass(frozen=True)

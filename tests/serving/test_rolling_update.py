@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import openai
 import pytest
 
 from configs.schema.serving import ServingConfig
-from infra.deploy import Endpoint, serve_model, stop_serving
-from infra.local import quiet_environment, ray_session
-from infra.platform import free_ports
+from infra.deploy import Endpoint, serve_model
 from serving.calls import ServedModel, fingerprint
-from tests.serving.conftest import make_model, served
+from tests.serving.update_world import config, endpoint, versions
 
+__all__ = ["config", "endpoint", "versions"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 CLIENTS = 6
@@ -35,30 +32,6 @@ class Answer:
     text: str
     finish_reason: str | None
     fingerprints: frozenset[str]
-
-
-@pytest.fixture(scope="module")
-def versions(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ServedModel, ServedModel]:
-    other = make_model(tmp_path_factory.mktemp("second-model"), seed=8)
-    return served(model_folder), replace(served(other), digest="cd" * 32, ref="model/tiny-finetune@4", version=4)
-
-
-@pytest.fixture(scope="module")
-def config() -> ServingConfig:
-    (port,) = free_ports(1)
-    return ServingConfig(port=port, replicas_max=1, cpus_per_replica=0.5, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def endpoint(
-    versions: tuple[ServedModel, ServedModel], config: ServingConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Endpoint]:
-    quiet_environment()
-    home = tmp_path_factory.mktemp("home")
-    (home / "logs").mkdir()
-    with ray_session(home):
-        yield serve_model(versions[0], config, say=lambda _: None)
-        stop_serving()
 
 
 async def ask(client: openai.AsyncOpenAI, prompt: str, *, stream: bool) -> Answer:
