@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
+from actors.store.artifacts import sync_file
 from configs.errors import StorageError
 from pipelines.corpus.dedup import Positions
 from pipelines.corpus.report import Tally
@@ -32,6 +34,8 @@ from pipelines.corpus.shards import (
     write_shard,
 )
 from pipelines.corpus.tasks import run_bounded
+
+_SYNCING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,27 @@ def merge_parts(
     """Writes the shards of both splits below `out`. Ray must be initialised.
 
     Workers write into `work`, from where finished shards are moved: what a worker that was given up still writes never
-    gets among them.
+    gets among them. The driver waits for the disk, so that no worker's core has to.
 
     Raises:
-        StorageError: the shards cannot be written.
+        OSError: the shards cannot be moved.
+        StorageError: they cannot be written.
     """
     work.mkdir(exist_ok=True)
     (out / "shards").mkdir(parents=True, exist_ok=True)
     tally = Tally()
     written: dict[Split, list[_Written]] = {split: [] for split in SPLITS}
     todo = (shard for split in SPLITS for shard in _shards(selection, split, shard_tokens, work))
-    with run_bounded(_write, todo) as results:
+    with ThreadPoolExecutor(_SYNCING_THREADS) as pool, run_bounded(_write, todo) as results:
+        syncing = []
         for result in results:
             check_lease()
             shutil.move(result.path, out / result.record.path)
+            syncing.append(pool.submit(sync_file, out / result.record.path))
             tally.merge(result.tally)
             written[result.split].append(result)
+        for synced in syncing:
+            synced.result()
     return {split: _record(shards) for split, shards in written.items()}, tally
 
 

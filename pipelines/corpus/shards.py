@@ -19,7 +19,6 @@ import pyarrow as pa
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from actors.store.artifacts import sync_file
 from configs.errors import ArtifactError, CorruptArtifactError
 
 INDEX = "index.json"
@@ -191,12 +190,10 @@ def shard_name(split: str, number: int) -> str:
 
 
 def write_shard(path: Path, name: str, batch: pa.RecordBatch) -> ShardRecord:
-    """Writes a shard durably at `path`, which exists afterwards whole or not at all; `name` is what the record calls
-    it."""
+    """Writes a shard at `path`, which is there whole or not at all; `name` is what its record calls it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     write_batch(temporary, batch)
     record = _describe(temporary, name, batch)
-    sync_file(temporary)
     temporary.replace(path)
     return record
 

@@ -99,6 +99,7 @@ class CorpusStage:
         _publish(report, config, index, context)
         steps.end("merge")
         speed = steps.speed(listing.size_bytes)
+        context.run.log_metrics(_speed_metrics(speed), step=0)
         return {**report, **speed, "spans": encoded.spans, "encoder": encoder.backend, "encoder_reason": reason}
 
 
@@ -122,6 +123,11 @@ class _Steps:
             "seconds_by_step": {step: round(taken, 3) for step, taken in self._seconds.items()},
             "megabytes_per_second": size_bytes / 1e6 / seconds,
         }
+
+
+def _speed_metrics(speed: Mapping[str, Any]) -> dict[str, float]:
+    whole = {f"corpus/{name}": float(speed[name]) for name in ("seconds", "megabytes_per_second")}
+    return whole | {f"corpus/seconds/{step}": float(taken) for step, taken in speed["seconds_by_step"].items()}
 
 
 def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
