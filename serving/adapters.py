@@ -36,6 +36,8 @@ class Shelf:
         self._most = most
         self._held: OrderedDict[str, asyncio.Task[Adapter]] = OrderedDict()
         """By key; one that is being loaded is there already, so that it is loaded once."""
+        self.loads = 0
+        """Times one was loaded, or failed to be."""
 
     async def get(self, source: AdapterSource) -> Adapter:
         """The adapter. Raises what loading raises, and `CorruptArtifactError` if it is not what was published; the next
@@ -43,6 +45,7 @@ class Shelf:
         """
         task = self._held.get(source.key)
         if task is None:
+            self.loads += 1
             task = self._held[source.key] = asyncio.create_task(asyncio.to_thread(self._open, source))
         self._held.move_to_end(source.key)
         try:

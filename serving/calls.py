@@ -388,6 +388,10 @@ class LoadReport:
     """Tokens whose keys and values can be held; 0 for an encoder, which holds none."""
     prompt_tokens_per_second: float = 0.0
     """Measured speed of reading prompts, writing beside it included; 0 before the first."""
+    adapters: int = 0
+    """Adapters that are held."""
+    adapter_loads: int = 0
+    """Times one was loaded since the replica started."""
 
 
 @dataclass(frozen=True)

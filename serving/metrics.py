@@ -25,6 +25,8 @@ class Metrics:
 
     def __init__(self, models: Sequence[ServedModel]) -> None:
         self._registry = CollectorRegistry()
+        self._gauges: list[Gauge] = []
+        """Of replicas' reports."""
         self._known = [
             (each.name, version.digest, version.ref)
             for model in models
@@ -61,6 +63,8 @@ class Metrics:
         self._waiting_tokens = self._gauge("ganymede:num_tokens_waiting", "Prompt tokens of requests without a token.")
         self._cache = self._gauge("vllm:kv_cache_usage_perc", "Share of the keys and values that are held; 1 is full.")
         self._speed = self._gauge("ganymede:prompt_tokens_per_second", "Measured speed of reading prompts.")
+        self._adapters = self._gauge("ganymede:adapters_held", "Adapters that a replica holds.")
+        self._loads = self._gauge("ganymede:adapter_loads", "Adapters loaded since the replica started.")
         self._replicas = self._gauge("ganymede:replicas", "Engine replicas that answer.", engine=False)
 
     def responded(self, route: str, method: str, status: int) -> None:
@@ -106,7 +110,7 @@ class Metrics:
 
     def exposition(self, reports: Mapping[str, Mapping[str, Sequence[LoadReport]]]) -> bytes:
         """Everything, with the gauges of the replicas' reports, by model and by the digest of their version."""
-        for gauge in (self._running, self._waiting, self._waiting_tokens, self._cache, self._speed, self._replicas):
+        for gauge in self._gauges:
             gauge.clear()
         every = ((name, digest, those) for name, found in reports.items() for digest, those in found.items())
         for name, digest, those in every:
@@ -118,6 +122,8 @@ class Metrics:
                 self._waiting_tokens.labels(*labels).set(report.waiting_tokens)
                 self._cache.labels(*labels).set(report.running_tokens / max(1, report.capacity_tokens))
                 self._speed.labels(*labels).set(report.prompt_tokens_per_second)
+                self._adapters.labels(*labels).set(report.adapters)
+                self._loads.labels(*labels).set(report.adapter_loads)
         return generate_latest(self._registry)
 
     def _labels(self, model: str, digest: str) -> tuple[str, str]:
@@ -142,4 +148,6 @@ class Metrics:
         return counter
 
     def _gauge(self, name: str, text: str, *, engine: bool = True) -> Gauge:
-        return Gauge(name, text, (*_VERSION, "engine") if engine else _VERSION, registry=self._registry)
+        gauge = Gauge(name, text, (*_VERSION, "engine") if engine else _VERSION, registry=self._registry)
+        self._gauges.append(gauge)
+        return gauge

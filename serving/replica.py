@@ -174,11 +174,16 @@ class EngineReplica:
 
     async def report(self) -> LoadReport:
         """The engine's work now."""
-        return self._watch.report
+        return self._report
+
+    @property
+    def _report(self) -> LoadReport:
+        shelf, report = self._adapters, self._watch.report
+        return report if shelf is None else replace(report, adapters=len(shelf.held), adapter_loads=shelf.loads)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same, asked by Ray Serve for `autoscaling.WorkPolicy`."""
-        return asdict(self._watch.report)
+        return asdict(self._report)
 
     async def asleep(self) -> bool:
         """Never: this is a replica."""
@@ -190,7 +195,7 @@ class EngineReplica:
 
     async def reports(self) -> dict[str, list[LoadReport]]:
         """Of all replicas: there is this one."""
-        return {self._digest: [self._watch.report]}
+        return {self._digest: [self._report]}
 
     def _or_lost(self, refusal: Refusal) -> Refusal:
         """A refusal as it is, unless it is the engine that has failed, and not the request."""

@@ -198,6 +198,8 @@ def test_metrics_and_the_access_log_go_by_the_name_that_was_asked_for(http: http
     assert grown == {("base", "model/base@1"): 3, ("legal", "model/legal@1"): 4, ("other", "model/other@1"): 5}
     replicas = [line for line in http.get("/metrics").text.splitlines() if line.startswith("ganymede:replicas{")]
     assert len(replicas) == 4  # an adapter has none
+    held = [line for line in http.get("/metrics").text.splitlines() if line.startswith("ganymede:adapters_held{")]
+    assert [line.split()[-1] for line in held if 'model_name="base"' in line] == ["1.0"]
     logged = [json.loads(line)["model"] for line in (home / "access.jsonl").read_text().splitlines()]
     assert [name for name in logged if name is not None][-3:] == ["base", "legal", "other"]
 
