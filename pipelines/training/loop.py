@@ -26,7 +26,7 @@ from pipelines.training.checkpoint import Checkpoint, Checkpoints, without_prefi
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
-from pipelines.training.models import flops_per_token, recompute_activations
+from pipelines.training.models import recompute_activations, training_flops
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
@@ -129,7 +129,7 @@ class Trainer:
         if self._hardware.compile:
             self._model.base_model.compile(dynamic=False)
         matmul_rate = self._hardware.matmul_rate(self._ranks)
-        clock = _Clock(flops_per_token(self._model, self._objective.row_tokens), matmul_rate)
+        clock = _Clock(training_flops(self._model, self._objective.row_tokens), matmul_rate)
         self._saved_at = time.monotonic()
         for step in range(start, self._config.steps):
             self._writer.check()
@@ -231,7 +231,7 @@ class Trainer:
         if self._average:
             self._average.follow(step + 1)
         self._tokens_seen += int(tokens)
-        clock.trained(int(positions))
+        clock.trained(int(positions), int(tokens))
         figures = {
             "step": step + 1,
             "tokens_seen": self._tokens_seen,
@@ -307,21 +307,23 @@ def _mixed(*numbers: int) -> int:
 class _Clock:
     """Speeds of the steps since the last restart; evaluation is not in them."""
 
-    def __init__(self, flops_per_token: float, matmul_rate: float) -> None:
-        self._flops_per_token = flops_per_token
+    def __init__(self, flops: tuple[float, float], matmul_rate: float) -> None:
+        self._per_position, self._per_target = flops
         self._matmul_rate = matmul_rate
         self.restart()
 
     def restart(self) -> None:
         """Begins a new interval."""
-        self._tokens = 0
+        self._positions = 0
+        self._targets = 0
         self._waiting = 0.0
         self._stall = 0.0
         self._since = time.perf_counter()
 
-    def trained(self, tokens: int) -> None:
-        """Counts positions that all ranks ran over."""
-        self._tokens += tokens
+    def trained(self, positions: int, targets: int) -> None:
+        """Counts positions that all ranks ran over, and targets among them."""
+        self._positions += positions
+        self._targets += targets
 
     def waited(self, seconds: float) -> None:
         """Counts time spent on getting data."""
@@ -335,10 +337,10 @@ class _Clock:
         """Positions a second, share of the measured matmul rate, share of time spent on data, seconds that checkpoints
         held training up, since `restart`."""
         seconds = time.perf_counter() - self._since
-        rate = self._tokens / seconds
+        flops = self._positions * self._per_position + self._targets * self._per_target
         return {
-            "tokens_per_second": rate,
-            "mfu": rate * self._flops_per_token / self._matmul_rate,
+            "tokens_per_second": self._positions / seconds,
+            "mfu": flops / seconds / self._matmul_rate,
             "data_wait_fraction": self._waiting / seconds,
             "checkpoint_stall_seconds": self._stall,
         }
