@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,6 +30,7 @@ from pipelines.training.models import recompute_activations, training_flops
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
+from pipelines.training.samples import continuations
 from pipelines.training.schedule import rate_factor
 from pipelines.training.sharding import Program, collect_gradients, drop_gathered, held_weights, shard
 
@@ -42,7 +43,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run speaks to the world outside; `report` and `resumed` are called on rank 0 alone."""
+    """How a run speaks to the world outside; `report`, `resumed` and `wrote` are called on rank 0 alone."""
 
     report: Callable[[Mapping[str, float]], None]
     """Takes the figures of a step, `step` among them."""
@@ -54,6 +55,8 @@ class Hooks:
     """Called on every rank with the number of a step (from 1) before it first waits for the others in it."""
     should_stop: Callable[[], bool]
     """Asked once a step on every rank; one True stops all of them after that step, with a checkpoint."""
+    wrote: Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[int]]], None] = lambda step, prompts, written: None
+    """Takes, after the evaluation of a step, prompts and what the model wrote behind them, as token ids."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,7 @@ class Trainer:
             if evaluates:
                 with self._average.in_place() if self._average else contextlib.nullcontext():
                     figures |= self.evaluate()
+                    self._write(step + 1)
             if logs:
                 clock.restart()
             if logs and self._ranks.rank == 0:
@@ -202,6 +206,17 @@ class Trainer:
             means = (sums[:, 0] / sums[:, 1]).tolist()
             figures |= {f"validation_loss/{name}": mean for name, mean in zip(sources, means, strict=True)}
         return figures
+
+    def _write(self, step: int) -> None:
+        """Has the model go on with the objective's prompts."""
+        if self._ranks.rank > 0 or self._sharded:
+            return
+        prompts = self._objective.prompts()
+        self._model.eval()
+        with self._hardware.autocast():
+            written = continuations(self._model, prompts)
+        self._model.train()
+        self._hooks.wrote(step, prompts, written)
 
     def _step(self, step: int, clock: _Clock) -> tuple[dict[str, float], bool, bool]:
         """One step: its figures, whether to stop, whether a checkpoint is due."""
