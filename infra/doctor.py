@@ -96,10 +96,10 @@ def _torch() -> Iterator[Finding]:
     """The processor's number formats and the accelerators, as torch sees them."""
     import torch
 
+    from actors.engine.precision import has_bf16
+
     capability = torch.backends.cpu.get_cpu_capability()
-    native = bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
-    arm = platform.machine() in {"arm64", "aarch64"}
-    if native or arm:
+    if has_bf16(torch.device("cpu")):
         yield Finding("processor", f"{capability}, bf16", "good", "bf16 on the CPU: about twice the speed of fp32")
     else:
         yield Finding("processor", f"{capability}, no bf16", "note", "fp32 on the CPU (precision: auto)")

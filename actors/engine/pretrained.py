@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from actors.engine.precision import has_bf16
 from configs.errors import ArtifactError, ContractError, CorruptArtifactError
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -29,11 +30,7 @@ def placement(precision: Precision, device: str) -> tuple[torch.dtype, torch.dev
     """Weights' type and place: `auto` is the first GPU if there is one, and bf16 where there is arithmetic for it."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if precision == "auto":
-        if where.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if fast else "fp32"
+        precision = "bf16" if has_bf16(where) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32, where
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from actors.engine.precision import has_bf16
 from configs.errors import ConfigError
 from configs.schema.training import TrainingConfig
 from pipelines.training.parallel import Ranks
@@ -38,8 +39,8 @@ class Hardware:
             ConfigError: bf16 or compilation is asked for and not there.
         """
         on_gpu = device.type == "cuda"
-        has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if config.precision == "bf16" and not has_bf16:
+        fast_bf16 = has_bf16(device)
+        if config.precision == "bf16" and not fast_bf16:
             raise ConfigError(
                 "training.precision: this processor has no bf16 arithmetic",
                 received="bf16",
@@ -54,7 +55,7 @@ class Hardware:
                 allowed="auto or off",
                 next_step="install g++ or clang++",
             )
-        precision: Literal["bf16", "fp32"] = "bf16" if has_bf16 and config.precision != "fp32" else "fp32"
+        precision: Literal["bf16", "fp32"] = "bf16" if fast_bf16 and config.precision != "fp32" else "fp32"
         return cls(device, precision, config.compile != "off" and can_compile)
 
     def describe(self) -> dict[str, str | bool]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from actors.engine.precision import has_bf16
 from actors.store.artifacts import ArtifactStore
 from actors.store.tracker import NoTracker
 from actors.text import Text
@@ -132,7 +133,7 @@ def test_bad_input_is_left_for_the_driver_and_not_tried_again(folder: Path) -> N
     assert str(read_failure(folder)) == "no rows; received 3; next: give some"
 
 
-@pytest.mark.skipif(torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has bf16")
+@pytest.mark.skipif(has_bf16(CPU), reason="this processor has bf16")
 def test_bf16_that_is_not_there_is_refused(folder: Path) -> None:
     task = make_task(folder, "work", CONFIG.model_copy(update={"precision": "bf16"}))
     with pytest.raises(ConfigError, match=r"training\.precision"):
