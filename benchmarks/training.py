@@ -57,9 +57,8 @@ _LOOPS = {
 _OURS = {
     "ganymede, 1 worker of 2 threads, AdamW": {"workers": 1, "cpus_per_worker": 2, "optim": {"name": "adamw"}},
     "ganymede, 2 workers of 1 thread, AdamW": {"workers": 2, "cpus_per_worker": 1, "optim": {"name": "adamw"}},
-    "ganymede, 2 workers of 1 thread, Muon": {"workers": 2, "cpus_per_worker": 1},
 }
-_LIKE_FOR_LIKE, _TWO_WORKERS, _ = _OURS
+_LIKE_FOR_LIKE, _TWO_WORKERS = _OURS
 
 
 def main() -> int:
