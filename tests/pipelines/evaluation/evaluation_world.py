@@ -212,6 +212,8 @@ def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -
 
         def say(self, status: int, content: bytes) -> None:
             self.send_response(status)
+            if status == 429:
+                self.send_header("retry-after", "1")
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
