@@ -32,6 +32,7 @@ from serving.calls import (
     Tokens,
     is_long,
 )
+from serving.wire import Senders
 
 if TYPE_CHECKING:
     from serving.reader import Reader
@@ -60,6 +61,7 @@ class EngineReplica:
         )
         self._step_limit_seconds = config.step_limit_seconds
         self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
+        self._senders = Senders()
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._labels: tuple[str, ...] = ()
@@ -89,6 +91,20 @@ class EngineReplica:
         async with aclosing(self._writer.stream(call)) as batches:
             async for batch in batches:
                 yield self._or_lost(batch) if isinstance(batch, Refusal) else batch
+
+    async def relay(self, call: Call, to: str | None) -> AsyncGenerator[Sequence[Piece] | Refusal | str, None]:
+        """The same for an ingress. If the wire at `to` is on this machine, it takes the answers, and all that comes
+        this way is the name of this end of it.
+        """
+        sender = None if to is None else await self._senders.to(to)
+        if sender is not None:
+            yield sender.name
+        async with aclosing(self.stream(call)) as batches:
+            async for batch in batches:
+                if sender is None:
+                    yield batch
+                else:
+                    sender.send(call.id, batch)
 
     async def read(self, call: ReadCall) -> Readings | Refusal:
         """What the model says of texts."""

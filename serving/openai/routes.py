@@ -1,9 +1,9 @@
 """The routes of the endpoint, over anything that answers calls.
 
 `/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`, `/v1/classify`,
-`/v1/ner`, `/v1/score`, `/tokenize`, `/detokenize`, `/live`, `/health`, `/metrics`. All are there whatever the model can
-do: the replica refuses, and says what it can. Bodies are read by hand, up to a limit, so that everything wrong with one
-(its size, its JSON, a field) is told in the same shape.
+`/v1/ner`, `/v1/score`, `/tokenize`, `/detokenize`, `/live`, `/health`, `/metrics`, `/openapi.json`. All are there
+whatever the model can do: the replica refuses, and says what it can. Bodies are read by hand, up to a limit, so that
+everything wrong with one (its size, its JSON, a field) is told in the same shape.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from serving.calls import Backend, Refusal, ReplicaStatus, ServedModel, fingerpr
 from serving.keys import Keyed, KeyRing
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.openai.body import read_request, short
+from serving.openai.document import document
 from serving.openai.errors import ApiError, error_response
 from serving.openai.reading import (
     ClassifyRequest,
@@ -64,6 +65,7 @@ def create_api(engine: Backend, model: ServedModel, config: ServingConfig, metri
         api.add_middleware(Keyed, ring=KeyRing(config.keys_path))
     api.add_middleware(Observed, metrics=metrics, log=AccessLog(config.access_log))
     api.add_api_route("/live", routes.live, methods=["GET"], response_model=None)
+    api.add_api_route("/openapi.json", routes.document, methods=["GET"], response_model=None)
     api.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
     api.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     api.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
@@ -94,6 +96,10 @@ class _Routes:
     async def live(self) -> Response:
         """200 as long as the ingress itself runs; whether a model can be asked is what `/health` says."""
         return JSONResponse({"status": "ok"})
+
+    async def document(self) -> Response:
+        """The OpenAPI document."""
+        return JSONResponse(document((self._model.name,)))
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
