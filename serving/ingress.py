@@ -26,6 +26,7 @@ from serving.calls import (
     UNAVAILABLE,
     Call,
     LoadReport,
+    Offer,
     Piece,
     Prompt,
     ReadCall,
@@ -35,7 +36,7 @@ from serving.calls import (
     ServedModel,
     Tokens,
 )
-from serving.canary import versions_of
+from serving.catalogue import Entry, entries
 from serving.data_plane import private_folder
 from serving.door import Door
 from serving.metrics import Metrics
@@ -59,12 +60,13 @@ _NONE_THERE = (BackPressureError, DeploymentUnavailableError)
 
 
 class RemoteEngine:
-    """A handle to the engine replicas of one version, by its digest, as a `Backend`."""
+    """A handle to the engine replicas of one version as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle, digest: str, wire: Wire, metrics: Metrics) -> None:
+    def __init__(self, handle: DeploymentHandle, model: ServedModel, wire: Wire, metrics: Metrics) -> None:
         self._metrics = metrics
         self._wire = wire
-        self._digest = digest
+        self._name = model.name
+        self._digest = model.digest
         self._handle = handle
         self._door = Door()
         # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica.
@@ -107,7 +109,7 @@ class RemoteEngine:
             if delay is None:
                 yield GONE
                 return
-            self._metrics.replayed()
+            self._metrics.replayed(self._name)
             logger.warning("%s lost its replica; it goes on after %d tokens", call.id, progress.tokens)
             await asyncio.sleep(delay)
 
@@ -195,16 +197,31 @@ async def _ask(ask: Callable[[], Any]) -> Any:
 
 
 class Ingress:
-    """The HTTP side of the endpoint; a Ray Serve deployment wraps it."""
+    """The HTTP side of the endpoint; a Ray Serve deployment wraps it.
+
+    Args of the constructor:
+        offers: the models.
+        engines: the replicas of each, by name.
+        canaries: those of the canaries, by the names of the models that have one.
+        config: of the endpoint.
+    """
 
     def __init__(
-        self, engine: DeploymentHandle, canary: DeploymentHandle | None, model: ServedModel, config: ServingConfig
+        self,
+        offers: Sequence[Offer],
+        engines: Mapping[str, DeploymentHandle],
+        canaries: Mapping[str, DeploymentHandle],
+        config: ServingConfig,
     ) -> None:
-        metrics = Metrics(model)
+        metrics = Metrics([offer.model for offer in offers])
         wire = Wire(private_folder())
-        stable = RemoteEngine(engine, model.digest, wire, metrics)
-        other = RemoteEngine(canary, model.canary.digest, wire, metrics) if canary and model.canary else None
-        self._api = create_api(versions_of(model, config, stable, other, metrics), model, config, metrics)
+        catalogue: dict[str, Entry] = {}
+        for offer in offers:
+            name, other = offer.model.name, offer.model.canary
+            stable = RemoteEngine(engines[name], offer.model, wire, metrics)
+            canary = None if other is None else RemoteEngine(canaries[name], other, wire, metrics)
+            catalogue |= entries(offer, stable, canary, metrics)
+        self._api = create_api(catalogue, config, metrics)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Ray Serve in the replica."""
