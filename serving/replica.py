@@ -110,7 +110,7 @@ class EngineReplica:
 
     async def relay(self, call: Call, to: str | None) -> AsyncGenerator[Sequence[Piece] | Refusal | str, None]:
         """The same for an ingress. If the wire at `to` is on this machine, it takes the answers, and all that comes
-        this way is the name of this end of it.
+        this way is the name of this end of it. Ends early if that ingress has gone away.
         """
         sender = None if to is None else await self._senders.to(to)
         if sender is not None:
@@ -119,8 +119,10 @@ class EngineReplica:
             async for batch in batches:
                 if sender is None:
                     yield batch
-                else:
+                elif sender.open:
                     sender.send(call.id, batch)
+                else:
+                    return
 
     async def _adapter(self, source: AdapterSource) -> Adapter | Refusal:
         """An adapter to write with. In the middle of an update, a replica with another base is as good as lost."""
