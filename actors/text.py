@@ -293,7 +293,8 @@ class Text:
         token = self._special.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """Equal for equal tokenizers, templates and special tokens; the hash of the contract."""
         tokenizer = json.loads(self._tokenizer.to_str())
         return hash_json([tokenizer, self._template and self._template.source, self._special])
 
@@ -306,7 +307,7 @@ def make_contract(folder: Path) -> TextContract:
     text = Text._open(folder)
     chats = _GOLDEN_CHATS if text.has_chat_template else ()
     return TextContract(
-        hash=text._fingerprint(),
+        hash=text.fingerprint(),
         golden=tuple((prompt, tuple(text.encode(prompt))) for prompt in _GOLDEN),
         golden_chat=tuple((chat, tuple(text.render_chat(_messages(chat)))) for chat in chats),
     )
@@ -324,7 +325,7 @@ def verify_contract(folder: Path, contract: TextContract) -> None:
         if not text.has_chat_template:
             raise _mismatch(folder, "no chat template", "the template the model was trained with")
         _compare(folder, f"the chat {chat!r}", text.render_chat(_messages(chat)), expected)
-    found = text._fingerprint()
+    found = text.fingerprint()
     if found != contract.hash:
         raise _mismatch(folder, f"hash {found[:12]}", f"hash {contract.hash[:12]}")
 

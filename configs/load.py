@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from configs.errors import ConfigError
 from configs.schema.project import Recipe
 from configs.schema.prompting import TASK_TEMPLATE, PromptTemplate
+from configs.schema.serving import OF_ONE_MODEL, ServingConfig
 from configs.schema.tasks import Task
 
 _RECIPES, _TASKS, _TEMPLATES = "recipes", "tasks", "templates"
@@ -83,6 +84,30 @@ def load_template(name_or_path: str, task: Task | None = None) -> PromptTemplate
         return PromptTemplate.of_task(TASK_TEMPLATE, task)
     data = {"name": Path(name_or_path).stem, **_mapping(name_or_path, _TEMPLATES, "keys prompt ...")}
     return _validated(PromptTemplate, data, name_or_path, "correct the template's file")
+
+
+def load_serving(path: str) -> ServingConfig:
+    """The endpoint that a YAML file describes: `models`, and settings.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or a value is not allowed.
+    """
+    try:
+        data = _parse(Path(path).read_text("utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{path} cannot be read: {reason}", allowed="a YAML file with models") from error
+    if not isinstance(data, dict) or not data.get("models"):
+        raise ConfigError(
+            f"{path} names no models", received=_shown(data),
+            allowed="models: [{model: NAME@ALIAS, replicas_max: 4}, ...], and settings of all of them",
+        )  # fmt: skip
+    for key in sorted(OF_ONE_MODEL & data.keys()):
+        raise ConfigError(
+            f"{path}: {key} is of one model", allowed=f"{key} below one of models",
+            next_step=f"move {key} into the entry of its model",
+        )  # fmt: skip
+    return _validated(ServingConfig, data, path, "correct the file")
 
 
 def _mapping(name_or_path: str, folder: str, allowed: str) -> dict[str, Any]:

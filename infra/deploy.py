@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,12 +23,12 @@ from actors.store.registry import Registry
 from actors.store.tracker import tracking_uri
 from actors.text import Text
 from configs.errors import ConfigError, GanymedeError, InputError
-from configs.schema.serving import DeployConfig, ServingConfig, is_loopback
+from configs.schema.serving import DeployConfig, ModelSettings, ServingConfig, is_loopback
 from infra.platform import free_ports, require_free_port
-from infra.served import find_model, with_canary
+from infra.served import check_names, find_model, find_offers, offer_of
 from pipelines.stage import Progress, StageContext
 from serving import data_plane
-from serving.calls import ServedModel
+from serving.calls import Offer, ServedModel
 
 CONTROLLER, CONTROLLER_NAMESPACE = "SERVE_CONTROLLER_ACTOR", "serve"
 """Where Ray Serve keeps its controller; it says nowhere else which address it listens on."""
@@ -40,11 +40,12 @@ ANSWER_TOKENS = 64
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model that is being served."""
+    """Models that are being served."""
 
     url: str
     """Base URL for OpenAI clients."""
     model: ServedModel
+    """The first of them."""
     proxy: data_plane.DataPlane
     updated: bool
     """It replaced a version that was being served."""
@@ -63,20 +64,28 @@ class Answer:
 
 
 def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str], None]) -> Endpoint:
-    """Serves `model` and returns once it answers. Ray must be initialised.
+    """`serve_offers` of one model, with the endpoint's settings of models."""
+    return serve_offers([Offer(model, config)], config, say=say)
+
+
+def serve_offers(offers: Sequence[Offer], config: ServingConfig, *, say: Callable[[str], None]) -> Endpoint:
+    """Serves models, and nothing else; returns once all answer. Ray must be initialised.
 
     Args:
-        model: what to serve.
-        config: where, and with how many replicas.
+        offers: what to serve, at least one.
+        config: where.
         say: told what is being waited for.
 
     Raises:
+        ConfigError: two of them go by one name.
         InputError: the port is taken, Ray Serve runs at another address, or there are too few CPUs.
-        ContractError: the model's tokenizer is not the one it was trained with.
-        GanymedeError: it does not become ready.
+        ContractError: a model's tokenizer is not the one it was trained with.
+        GanymedeError: one does not become ready.
     """
     began = time.monotonic()
-    for version in model.versions:
+    check_names(offers)
+    versions = [version for offer in offers for version in offer.model.versions]
+    for version in versions:
         Text.load(Path(version.folder))
     running = _running_address()
     if running is None:
@@ -88,16 +97,16 @@ def serve_model(model: ServedModel, config: ServingConfig, *, say: Callable[[str
             allowed=f"{running[0]}:{running[1]}",
             next_step="use that address, or end it first: ganymede down",
         )
-    _require_cpus(config)
+    _require_cpus(offers)
     require_keys(config)
     proxy = data_plane.available()
     if running is None:
         say(f"starting Ray Serve ({proxy})")
         _start_serve(config, proxy)
-    say(f"loading {' and '.join(version.ref for version in model.versions)}")
+    say(f"loading {' and '.join(version.ref for version in versions)}")
     url = f"http://{_client_host(config.host)}:{config.port}"
-    updated = _deploy(model, config, url, deadline=began + config.start_timeout_seconds)
-    return Endpoint(f"{url}/v1", model, proxy, updated, time.monotonic() - began)
+    updated = _deploy(offers, config, url, deadline=began + config.start_timeout_seconds)
+    return Endpoint(f"{url}/v1", offers[0].model, proxy, updated, time.monotonic() - began)
 
 
 def stop_serving() -> bool:
@@ -133,16 +142,32 @@ def _running_address() -> tuple[str, int] | None:
     return options.host, options.port
 
 
-def _require_cpus(config: ServingConfig) -> None:
+def cpus_needed(offers: Sequence[Offer]) -> float:
+    """CPUs for the replicas that are started first."""
+    return sum(
+        offer.settings.cpus_per_replica * max(1, offer.settings.replicas_min)
+        for offer in offers
+        for _ in offer.model.versions
+    )
+
+
+def _require_cpus(offers: Sequence[Offer]) -> None:
     """A replica that no node has room for would be waited for without end."""
     import ray
 
-    largest = max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    if config.cpus_per_replica > largest:
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    each, largest = max(offer.settings.cpus_per_replica for offer in offers), max(nodes, default=0.0)
+    if each > largest:
         raise InputError(
-            "serving.cpus_per_replica is more than any node has",
-            received=config.cpus_per_replica,
-            allowed=f"at most {largest:g}",
+            "serving.cpus_per_replica is more than any node has", received=each, allowed=f"at most {largest:g}"
+        )
+    needed = cpus_needed(offers)
+    if needed > sum(nodes):
+        raise InputError(
+            "the first replicas of all models need more CPUs than there are",
+            received=f"{needed:g}",
+            allowed=f"at most {sum(nodes):g}",
+            next_step="lower cpus_per_replica (it is what Ray sets aside, and may be below 1) or replicas_min",
         )
 
 
@@ -171,33 +196,45 @@ def _start_serve(config: ServingConfig, proxy: data_plane.DataPlane) -> None:
     )
 
 
-def _deploy(model: ServedModel, config: ServingConfig, url: str, *, deadline: float) -> bool:
-    """Serves `model`, and returns once it answers; True if it replaced something.
+def _deploy(offers: Sequence[Offer], config: ServingConfig, url: str, *, deadline: float) -> bool:
+    """Serves `offers`, and returns once all answer; True if that replaced something.
 
     A canary is there before requests are sent to it, and ends when none can be on its way to it any more.
     """
-    from serving.app import APP_NAME, CANARY_APP_NAME, build_app, build_canary
+    from serving.app import APP_NAME, CANARY_APP_PREFIX, build_app, build_canary, canary_app_name
 
     serve = _serve_module()
-    if model.canary is not None:
-        canary = build_canary(model.canary, config, side_by_side=_has_room(config))
-        serve.run_many([serve.RunTarget(canary, CANARY_APP_NAME, None)], wait_for_applications_running=False)
-        _wait_until(lambda: True, CANARY_APP_NAME, model.canary, deadline)
+    canaries = {
+        canary_app_name(offer.model.name): (offer.model.canary, offer.settings)
+        for offer in offers
+        if offer.model.canary is not None
+    }
+    targets = [
+        serve.RunTarget(build_canary(canary, settings, side_by_side=_has_room(settings)), name, None)
+        for name, (canary, settings) in canaries.items()
+    ]
+    if targets:
+        serve.run_many(targets, wait_for_applications_running=False)
+    for name, (canary, _) in canaries.items():
+        _wait_until(lambda: True, name, canary.ref, deadline)
     updated = APP_NAME in serve.status().applications
-    app = build_app(model, config, side_by_side=_has_room(config))
+    app = build_app(offers, config, side_by_side=lambda offer: _has_room(offer.settings))
     serve.run_many([serve.RunTarget(app, APP_NAME)], wait_for_applications_running=False)
-    digests = [version.digest for version in model.versions]
-    _wait_until(lambda: _healthy_digests(url) == digests, APP_NAME, model, deadline)
-    if model.canary is None and CANARY_APP_NAME in serve.status().applications:
-        serve.delete(CANARY_APP_NAME)
+    wanted = {offer.model.name: _told(offer.model) for offer in offers}
+    _wait_until(lambda: _health(url) == wanted, APP_NAME, ", ".join(offer.model.ref for offer in offers), deadline)
+    for name in serve.status().applications:
+        if name.startswith(CANARY_APP_PREFIX) and name not in canaries:
+            serve.delete(name)
     return updated
 
 
-def _has_room(config: ServingConfig) -> bool:
-    """Whether one more replica can be started: one that finds no room would hold an update up for ever."""
+def _has_room(settings: ModelSettings) -> bool:
+    """Whether one more replica can be started: one that finds no room would hold an update up for ever. Of several
+    models that are updated at once each gives back what it took, so that the room of one is enough.
+    """
     import ray
 
-    return ray.available_resources().get("CPU", 0.0) >= config.cpus_per_replica
+    return ray.available_resources().get("CPU", 0.0) >= settings.cpus_per_replica
 
 
 def _client_host(host: str) -> str:
@@ -207,8 +244,8 @@ def _client_host(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _wait_until(answers: Callable[[], bool], name: str, model: ServedModel, deadline: float) -> None:
-    """Returns once Ray Serve is done with an application and `model` answers.
+def _wait_until(answers: Callable[[], bool], name: str, ref: str, deadline: float) -> None:
+    """Returns once Ray Serve is done with an application and its models answer.
 
     Raises `GanymedeError` if a replica fails for good, or at the deadline.
     """
@@ -219,25 +256,35 @@ def _wait_until(answers: Callable[[], bool], name: str, model: ServedModel, dead
         messages = [deployment.message for deployment in app.deployments.values() if deployment.message]
         last = "\n".join(messages or [app.message]).strip().rpartition("\n")[2] or last
         if app.status == "DEPLOY_FAILED":
-            raise GanymedeError(f"{model.ref} could not be served: {last}", next_step=LOOK)
+            raise GanymedeError(f"{ref} could not be served: {last}", next_step=LOOK)
         if app.status == "RUNNING" and answers():
             return
         time.sleep(POLL_SECONDS)
     raise GanymedeError(
-        f"{model.ref} was not ready after {time.monotonic() - began:.0f} s: {last}",
+        f"{ref} was not ready after {time.monotonic() - began:.0f} s: {last}",
         next_step=f"free CPUs, or raise serving.start_timeout_seconds; {LOOK}",
     )
 
 
-def _healthy_digests(url: str) -> list[str | None]:
-    """Of the versions that answer, the canary last; empty while nobody answers or no replica is ready."""
+def _told(model: ServedModel) -> tuple[list[str], list[str]]:
+    """What `/health` says of a model that answers: the digests of its versions, and the names of its adapters."""
+    return [version.digest for version in model.versions], [adapter.name for adapter in model.adapters]
+
+
+def _health(url: str) -> dict[str, tuple[list[str | None], list[str]]]:
+    """The same of each model that the endpoint tells of, as it is; none while nobody answers or one is not ready."""
     try:
         with urllib.request.urlopen(f"{url}/health?wake", timeout=10) as response:
-            health = json.load(response)
+            models = json.load(response)["models"]
     except OSError:
-        return []
-    canary = [health["canary"]] if "canary" in health else []
-    return [each.get("digest") for each in (health, *canary)]
+        return {}
+    return {
+        name: (
+            [each.get("digest") for each in (found, *([found["canary"]] if "canary" in found else []))],
+            found.get("adapters", []),
+        )
+        for name, found in models.items()
+    }
 
 
 def ask(endpoint: Endpoint, question: str) -> Answer:
@@ -304,13 +351,14 @@ class DeployStage:
         """
         steps = iter(range(1, 3))
         model, wanted = self._model(config, inputs, context)
-        model = with_canary(model, config.serving.canary, context.store, context.home)
+        own = offer_of(model, config.serving, context.store, context.home)
+        model, beside = own.model, find_offers(config.serving.models, context.store, context.home)
 
         def say(doing: str) -> None:
             context.progress(Progress(next(steps), 2, doing))
 
         context.check_lease()
-        endpoint = serve_model(model, config.serving.within(context.home), say=say)
+        endpoint = serve_offers([own, *beside], config.serving.within(context.home), say=say)
         summary: dict[str, Any] = {
             "url": endpoint.url,
             "model": model.name,
@@ -320,6 +368,8 @@ class DeployStage:
             "artifact": model.ref,
             "digest": model.digest,
             "canary": model.canary.ref if model.canary else None,
+            "adapters": [adapter.ref for adapter in model.adapters],
+            "beside": [offer.model.ref for offer in beside],
             "proxy": endpoint.proxy,
             "updated": endpoint.updated,
             "start_seconds": endpoint.start_seconds,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import logging.handlers
+import math
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -127,16 +128,17 @@ class Cluster:
 
 
 @contextmanager
-def ray_session(home: Path) -> Iterator[Cluster]:
+def ray_session(home: Path, *, least_cpus: float = 0) -> Iterator[Cluster]:
     """Connects this process to Ray, or starts an embedded one; disconnects, or ends it, on the way out.
 
-    Call from the main thread: the kernel ties the embedded Ray's life to the thread that started it.
+    Call from the main thread: the kernel ties the embedded Ray's life to the thread that started it. An embedded Ray
+    offers `least_cpus` even where there are fewer cores, which are shared then.
 
     Raises:
         InputError: `RAY_ADDRESS` is not the address of a Ray head that answers.
         GanymedeError: an embedded Ray does not start.
     """
-    cluster = _connect(home)
+    cluster = _connect(home, least_cpus)
 
     import ray
 
@@ -157,7 +159,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _connect(home: Path) -> Cluster:
+def _connect(home: Path, least_cpus: float) -> Cluster:
     given = os.environ.get("RAY_ADDRESS")
     if given and given != "local":
         if given.startswith(("http://", "https://")):
@@ -173,10 +175,10 @@ def _connect(home: Path) -> Cluster:
     if platform is not None:
         return Cluster(_init(home, platform.ray_address), embedded=False)
     mark_children()
-    return Cluster(_init(home, "local"), embedded=True)
+    return Cluster(_init(home, "local", least_cpus), embedded=True)
 
 
-def _init(home: Path, address: str) -> str:
+def _init(home: Path, address: str, least_cpus: float = 0) -> str:
     """`ray.init` with everything of it that talks turned down; returns the GCS address."""
     import ray
 
@@ -188,7 +190,7 @@ def _init(home: Path, address: str) -> str:
     if address == "local":
         options |= {
             "include_dashboard": False,
-            "num_cpus": logical_cpus(),
+            "num_cpus": max(logical_cpus(), math.ceil(least_cpus)),
             "object_store_memory": object_store_bytes(),
             "_node_ip_address": "127.0.0.1",
         }

@@ -1,9 +1,9 @@
 """The endpoint's middleware: one line a request in the access log, one count in the metrics. No prompt, no answer.
 
-A line is a JSON object with `time` (UTC), `request_id`, `key` (the name of the API key), `method`, `path`, `status`,
-`outcome`, `stream`, `version` (the answer's `system_fingerprint`), `prompt_tokens`, `answer_tokens`,
-`first_token_seconds` and `seconds`. The outcome is `answered`, `refused`, `broken` (an error after the first piece) or
-`left` (the client went away).
+A line is a JSON object with `time` (UTC), `request_id`, `key` (the name of the API key), `method`, `path`, `model` (the
+name that was asked for), `status`, `outcome`, `stream`, `version` (the answer's `system_fingerprint`), `prompt_tokens`,
+`answer_tokens`, `first_token_seconds` and `seconds`. The outcome is `answered`, `refused`, `broken` (an error after the
+first piece) or `left` (the client went away).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,10 @@ from configs.schema.serving import ApiKey
 from serving.calls import Piece, Refusal, Spent, fingerprint
 from serving.metrics import Metrics
 from serving.timing import Waterfall, proxy_seconds
+from serving.tracing import Tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Trace:
 
     began: float = field(default_factory=time.perf_counter)
     request_id: str = ""
+    model: str = ""
+    """Name that was asked for, once it is known to be served."""
     key: ApiKey | None = None
     spend: Callable[[int], None] | None = None
     """Takes tokens from the key's budget."""
@@ -50,7 +57,14 @@ class Trace:
     proxy_seconds: float | None = None
     """That the request was in the proxy before, if that says so."""
     waterfall: Waterfall | None = None
-    """Where its time goes, if that was asked for."""
+    """Where its time goes, if that was asked for, by the client or for its span."""
+    span: Span | None = None
+    """Of the request, where a collector gets traces."""
+
+    @property
+    def traced(self) -> bool:
+        """Whether the request has a span that a collector gets."""
+        return self.span is not None and self.span.is_recording()
 
     @property
     def seconds(self) -> float:
@@ -89,12 +103,12 @@ class Trace:
     def _time(self, batch: Sequence[Piece], now: float, last: float | None, metrics: Metrics) -> None:
         if last is None:
             self.first_token_seconds = now
-            metrics.first_token(self.digest or "", now)
+            metrics.first_token(self.model, self.digest or "", now)
             return
         # Answers to one request are written side by side: each of them waited this long.
-        tokens = max(Counter(piece.index for piece in batch).values())
+        tokens = 1 if len(batch) == 1 else max(Counter(piece.index for piece in batch).values())
         for _ in range(tokens):
-            metrics.next_token(self.digest or "", (now - last) / tokens)
+            metrics.next_token(self.model, self.digest or "", (now - last) / tokens)
 
 
 class AccessLog:
@@ -117,18 +131,22 @@ class AccessLog:
 class Observed:
     """ASGI middleware: gives each request a `Trace` (`scope["trace"]`) and reports it once it has ended."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log: AccessLog) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, log: AccessLog, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
         self._log = log
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes on whatever the application raises."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        stamp = Headers(scope=scope).get("x-request-start", "")
-        trace = scope["trace"] = Trace(proxy_seconds=proxy_seconds(stamp))
+        headers = Headers(scope=scope)
+        trace = scope["trace"] = Trace(proxy_seconds=proxy_seconds(headers.get("x-request-start", "")))
+        began_ns = time.time_ns() - round((trace.proxy_seconds or 0.0) * 1e9)
+        if self._tracing is not None:
+            trace.span = self._tracing.begin(scope["method"], headers, began_ns)
         status, ended = 0, False
 
         async def watched(message: Message) -> None:
@@ -144,9 +162,9 @@ class Observed:
             status, trace.broken = 500, True
             raise
         finally:
-            self._report(scope, trace, status, ended)
+            self._report(scope, trace, status, ended, began_ns)
 
-    def _report(self, scope: Scope, trace: Trace, status: int, ended: bool) -> None:
+    def _report(self, scope: Scope, trace: Trace, status: int, ended: bool, began_ns: int) -> None:
         route = scope.get("route")
         # Only the routes there are: whatever else is asked for would become a label of its own.
         path = "unknown" if route is None else route.path
@@ -154,18 +172,33 @@ class Observed:
         outcome = "answered" if answered else "broken" if trace.broken else "refused" if ended else "left"
         self._metrics.responded(path, scope["method"], status)
         if trace.digest is not None:
-            self._metrics.wrote(trace.digest, trace.answer_tokens)
+            self._metrics.wrote(trace.model, trace.digest, trace.answer_tokens)
             if answered and trace.prompt_tokens:
                 self._metrics.answered(
-                    trace.digest, trace.seconds, trace.prompt_tokens, trace.answer_tokens, trace.reasons
+                    trace.model, trace.digest, trace.seconds, trace.prompt_tokens, trace.answer_tokens, trace.reasons
                 )
-        if outcome in ("broken", "left"):
-            self._metrics.broke()
+        if trace.model and outcome in ("broken", "left"):
+            self._metrics.broke(trace.model)
+        if self._tracing is not None and trace.span is not None:
+            attributes = {
+                "http.request.method": scope["method"],
+                "http.route": path,
+                "http.response.status_code": status,
+                "gen_ai.request.model": trace.model,
+                "gen_ai.response.id": trace.request_id,
+                "gen_ai.response.finish_reasons": trace.reasons,
+                "gen_ai.usage.input_tokens": trace.prompt_tokens,
+                "gen_ai.usage.output_tokens": trace.answer_tokens,
+                "ganymede.version": None if trace.digest is None else fingerprint(trace.digest),
+                "outcome": outcome,
+            }
+            self._tracing.end(trace.span, trace, began_ns, attributes)
         self._log.write(
             request_id=trace.request_id,
             key=None if trace.key is None else trace.key.name,
             method=scope["method"],
             path=path,
+            model=trace.model or None,
             status=status,
             outcome=outcome,
             stream=trace.stream,

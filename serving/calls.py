@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, Literal, Protocol
 
 from actors.engine.encodings import Encoding
 from actors.tools import Convention, Function, ToolUse
 from configs.errors import GanymedeError, InputError, OverloadedError, RequestError
 from configs.schema.generation import Sampling
+from configs.schema.serving import ModelSettings
 
 RETRY_AFTER_SECONDS = 1
 """What a client is told to wait when the queue is full."""
@@ -58,8 +60,27 @@ class Lineage:
 
 
 @dataclass(frozen=True)
+class AdapterSource:
+    """A published adapter, which the replicas of its base load when it is first asked for."""
+
+    ref: str
+    """The artifact, `kind/name@version`."""
+    folder: str
+    """Local path of the artifact."""
+    digest: str
+    """Of the artifact."""
+    base: str
+    """Digest of the model that it adapts."""
+
+    @property
+    def key(self) -> str:
+        """Digest of base and adapter together: of what they write."""
+        return blake2b(f"{self.base}/{self.digest}".encode(), digest_size=32).hexdigest()
+
+
+@dataclass(frozen=True)
 class ServedModel:
-    """The immutable model version behind an endpoint."""
+    """An immutable model version behind an endpoint."""
 
     name: str
     """What clients send as `model`."""
@@ -77,11 +98,30 @@ class ServedModel:
     lineage: Lineage = Lineage()
     canary: ServedModel | None = None
     """Another version, which gets a share of the requests."""
+    adapters: tuple[ServedModel, ...] = ()
+    """What the replicas of this version write too, each under a name of its own."""
+    adapter: AdapterSource | None = None
+    """Of a model that is an adapter over another one; `digest` is its key then."""
+    parent: str | None = None
+    """Name of that other one."""
 
     @property
     def versions(self) -> tuple[ServedModel, ...]:
         """This one, and the canary if there is one."""
         return (self,) if self.canary is None else (self, self.canary)
+
+    @property
+    def replicated(self) -> ServedModel:
+        """What a replica has to know of it; all that may change around it is left out."""
+        return replace(self, canary=None, adapters=())
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model and how it is served."""
+
+    model: ServedModel
+    settings: ModelSettings
 
 
 def fingerprint(digest: str) -> str:
@@ -179,6 +219,8 @@ class Call:
     """What the answers may call; None for texts alone."""
     asker: str = ""
     """Who asks, or the request itself; decides which of two versions of a model answers."""
+    adapter: AdapterSource | None = None
+    """That writes the answers, over the replica's model; None for the model itself."""
 
     @property
     def answers(self) -> int:
@@ -280,6 +322,8 @@ class Piece:
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
         """One piece that says as much as some consecutive ones of the same answer."""
         last = pieces[-1]
+        if len(pieces) == 1:
+            return last
         scores = None if last.scores is None else tuple(s for piece in pieces for s in piece.scores or ())
         ids = tuple(token for piece in pieces for token in piece.token_ids)
         spent = None if last.spent is None else sum((piece.spent or Spent() for piece in pieces), Spent())
@@ -346,6 +390,10 @@ class LoadReport:
     """Tokens whose keys and values can be held; 0 for an encoder, which holds none."""
     prompt_tokens_per_second: float = 0.0
     """Measured speed of reading prompts, writing beside it included; 0 before the first."""
+    adapters: int = 0
+    """Adapters that are held."""
+    adapter_loads: int = 0
+    """Times one was loaded since the replica started."""
 
 
 @dataclass(frozen=True)

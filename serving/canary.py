@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from hashlib import blake2b
 
-from configs.schema.serving import ServingConfig
+from configs.schema.serving import ModelSettings
 from serving.calls import (
     LOST,
     UNAVAILABLE,
@@ -41,13 +41,12 @@ def gets_canary(asker: str, versions: tuple[str, str], weight: float) -> bool:
 
 
 def versions_of(
-    model: ServedModel, config: ServingConfig, stable: Backend, canary: Backend | None, metrics: Metrics
+    model: ServedModel, settings: ModelSettings, stable: Backend, canary: Backend | None, metrics: Metrics
 ) -> Backend:
     """What answers for a model: its replicas, or those of its two versions."""
-    if model.canary is None or config.canary is None or canary is None:
+    if model.canary is None or settings.canary is None or canary is None:
         return stable
-    digests = (model.digest, model.canary.digest)
-    return Split(stable, canary, versions=digests, weight=config.canary.weight, metrics=metrics)
+    return Split(stable, canary, model, weight=settings.canary.weight, metrics=metrics)
 
 
 class Split:
@@ -56,17 +55,19 @@ class Split:
     Args of the constructor:
         stable: the version that most requests go to; texts are tokenized by its tokenizer.
         canary: the other one.
-        versions: their digests.
+        model: what they are.
         weight: the share of the canary, from 0 to 1.
         metrics: counts the requests that the stable version answers in place of the canary.
     """
 
     def __init__(
-        self, stable: Backend, canary: Backend, *, versions: tuple[str, str], weight: float, metrics: Metrics
+        self, stable: Backend, canary: Backend, model: ServedModel, *, weight: float, metrics: Metrics
     ) -> None:
         self._stable = stable
         self._canary = canary
-        self._versions = versions
+        self._name = model.name
+        first, second = (version.digest for version in model.versions)
+        self._versions = (first, second)
         self._weight = weight
         self._metrics = metrics
 
@@ -123,6 +124,6 @@ class Split:
         gone = isinstance(result, Refusal) and result.code in (LOST, UNAVAILABLE.code)
         if chosen is self._stable or not gone or (isinstance(call, Call) and call.begun_by is not None):
             return False
-        self._metrics.fell_back()
+        self._metrics.fell_back(self._name)
         logger.warning("%s goes to the stable version: no replica of the canary can be asked", call.id)
         return True

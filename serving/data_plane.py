@@ -20,6 +20,7 @@ from typing import Literal
 
 from configs.errors import StorageError
 from configs.schema.serving import is_loopback
+from serving import tracing
 
 DataPlane = Literal["haproxy", "python"]
 
@@ -54,13 +55,16 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
         plane: which proxy.
         host: address the endpoint binds.
         ports: `INTERNAL_PORTS` free ports, so that two endpoints on one machine do not meet on the fixed defaults.
+
+    What this process is told of a collector of traces is handed down too.
     """
+    common = {**_COMMON, **{name: value for name, value in os.environ.items() if name.startswith(tracing.PREFIX)}}
     if plane == "python":
-        return dict(_COMMON)
+        return common
     fallback, metrics, stats = map(str, ports)
-    folder = _private_folder()
+    folder = private_folder()
     env = {
-        **_COMMON,
+        **common,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": fallback,
         "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
@@ -83,8 +87,8 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
     return env
 
 
-def _private_folder() -> Path:
-    """A folder of this user's for HAProxy's files; short, because socket paths end at 107 characters.
+def private_folder() -> Path:
+    """A folder of this user's for HAProxy's files and replicas' sockets; short, as socket paths end at 107 characters.
 
     Raises:
         StorageError: it cannot be made, or belongs to somebody else.

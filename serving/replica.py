@@ -7,6 +7,7 @@ that is asked for what it cannot do refuses, and says what it can.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, replace
@@ -14,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.errors import EngineError, RequestError
-from configs.schema.serving import ServingConfig
+from configs.errors import EngineError, GanymedeError, RequestError
+from configs.schema.serving import ModelSettings
 from serving.calls import (
     LOST,
+    AdapterSource,
     Call,
     Capability,
     Conversation,
@@ -32,19 +34,26 @@ from serving.calls import (
     Tokens,
     is_long,
 )
+from serving.wire import Senders
 
 if TYPE_CHECKING:
+    from actors.engine.adapters import Adapter
+    from serving.adapters import Shelf
     from serving.reader import Reader
     from serving.writer import Writer
+
+logger = logging.getLogger("ray.serve")
 
 
 class EngineReplica:
     """One engine with the model's weights; a Ray Serve deployment wraps it."""
 
-    def __init__(self, model: ServedModel, config: ServingConfig) -> None:
+    def __init__(self, model: ServedModel, config: ModelSettings) -> None:
         # Here and not above: the driver and the ingress import this module, and torch takes seconds and 300 MB.
         from actors.engine.encoder import EncoderEngine
+        from actors.engine.engine import Engine
         from actors.engine.stream import AsyncEngine
+        from serving.adapters import Shelf
         from serving.reader import Reader
         from serving.watch import Watch
         from serving.writer import Writer
@@ -60,6 +69,7 @@ class EngineReplica:
         )
         self._step_limit_seconds = config.step_limit_seconds
         self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
+        self._senders = Senders()
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._labels: tuple[str, ...] = ()
@@ -69,6 +79,9 @@ class EngineReplica:
             self._labels = () if engine.task == "embed" else engine.labels
         else:
             self._writer = Writer(engine, self._engine, digest=model.digest, most_answers=config.max_queued)
+        self._adapters: Shelf | None = None
+        if isinstance(engine, Engine):
+            self._adapters = Shelf(engine.load_adapter, config.max_adapters)
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -83,12 +96,43 @@ class EngineReplica:
             chat = any(isinstance(prompt, Conversation) for prompt in call.prompts)
             yield Refusal.incapable("chat" if chat else "completions", self.capabilities)
             return
-        if call.begun_by not in (None, self._digest):
+        source = call.adapter
+        if call.begun_by not in (None, self._digest if source is None else source.key):
             yield Refusal(503, "the model was replaced while this answer was being written", "model_replaced")
             return
-        async with aclosing(self._writer.stream(call)) as batches:
+        adapter = None if source is None else await self._adapter(source)
+        if isinstance(adapter, Refusal):
+            yield adapter
+            return
+        async with aclosing(self._writer.stream(call, adapter)) as batches:
             async for batch in batches:
                 yield self._or_lost(batch) if isinstance(batch, Refusal) else batch
+
+    async def relay(self, call: Call, to: str | None) -> AsyncGenerator[Sequence[Piece] | Refusal | str, None]:
+        """The same for an ingress. If the wire at `to` is on this machine, it takes the answers, and all that comes
+        this way is the name of this end of it. Ends early if that ingress has gone away.
+        """
+        sender = None if to is None else await self._senders.to(to)
+        if sender is not None:
+            yield sender.name
+        async with aclosing(self.stream(call)) as batches:
+            async for batch in batches:
+                if sender is None:
+                    yield batch
+                elif sender.open:
+                    sender.send(call.id, batch)
+                else:
+                    return
+
+    async def _adapter(self, source: AdapterSource) -> Adapter | Refusal:
+        """An adapter to write with. In the middle of an update, a replica with another base is as good as lost."""
+        if source.base != self._digest or self._adapters is None:
+            return Refusal(503, f"this replica does not run the base of {source.ref}", LOST)
+        try:
+            return await self._adapters.get(source)
+        except GanymedeError as error:
+            logger.exception("%s cannot be loaded", source.ref)
+            return Refusal(500, f"the adapter {source.ref} cannot be loaded: {error}", error.code)
 
     async def read(self, call: ReadCall) -> Readings | Refusal:
         """What the model says of texts."""
@@ -148,11 +192,16 @@ class EngineReplica:
 
     async def report(self) -> LoadReport:
         """The engine's work now."""
-        return self._watch.report
+        return self._report
+
+    @property
+    def _report(self) -> LoadReport:
+        shelf, report = self._adapters, self._watch.report
+        return report if shelf is None else replace(report, adapters=len(shelf.held), adapter_loads=shelf.loads)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The same, asked by Ray Serve for `autoscaling.WorkPolicy`."""
-        return asdict(self._watch.report)
+        return asdict(self._report)
 
     async def asleep(self) -> bool:
         """Never: this is a replica."""
@@ -164,7 +213,7 @@ class EngineReplica:
 
     async def reports(self) -> dict[str, list[LoadReport]]:
         """Of all replicas: there is this one."""
-        return {self._digest: [self._watch.report]}
+        return {self._digest: [self._report]}
 
     def _or_lost(self, refusal: Refusal) -> Refusal:
         """A refusal as it is, unless it is the engine that has failed, and not the request."""
@@ -179,7 +228,7 @@ def _encode_input(text: Any, prompt: str) -> tuple[int, ...]:
     return tuple(text.encode_input(prompt).token_ids)
 
 
-def _load(folder: Path, config: ServingConfig) -> Any:
+def _load(folder: Path, config: ModelSettings) -> Any:
     """The engine for the model's family."""
     from actors.engine.loading import load_engine, runner_kind
 

@@ -8,12 +8,13 @@ replica has begun goes on as if this one had written it: the tokens drawn are a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import replace
 from functools import partial
 
+from actors.engine.adapters import Adapter
 from actors.engine.engine import Engine
 from actors.engine.request import Request, TokenEvent
 from actors.engine.seq2seq import Seq2SeqEngine
@@ -52,8 +53,12 @@ class Writer:
         self._digest = digest
         self._most_answers = most_answers
 
-    async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
-        """The answers, in batches: pieces that have come since the last one, or all of them whole."""
+    async def stream(
+        self, call: Call, adapter: Adapter | None = None
+    ) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
+        """The answers, in batches: pieces that have come since the last one, or all of them whole; by an adapter over
+        the model if there is one.
+        """
         parts: dict[int, list[Piece]] = {}
         lap = Lap() if call.report_timing else None
         try:
@@ -65,7 +70,7 @@ class Writer:
             if call.sampling.structure is not None:
                 # The engine's thread finds it compiled: that takes up to a second, which no other request waits for.
                 await asyncio.to_thread(self._structures.matcher, call.sampling.structure)
-            encode = partial(self._requests, call, convention)
+            encode = partial(self._requests, call, convention, adapter)
             requests = await asyncio.to_thread(encode) if is_long(call.prompts) else encode()
             transcripts = {
                 index: self._transcript(call, index, request, convention, copy(lap))
@@ -100,31 +105,28 @@ class Writer:
 
     async def _events(self, requests: Mapping[int, Request]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
         """The engine's events of several requests, merged; raises the first error of any of them."""
-        arrived: asyncio.Queue[tuple[int, TokenEvent] | BaseException] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, TokenEvent | GanymedeError]] = asyncio.Queue()
 
-        async def pump(index: int, request: Request) -> None:
-            try:
-                async for event in self._running.stream(request):
-                    arrived.put_nowait((index, event))
-            except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
-                arrived.put_nowait(error)
+        def deliver(index: int, event: TokenEvent | GanymedeError) -> None:
+            arrived.put_nowait((index, event))
 
-        tasks = [asyncio.create_task(pump(index, request)) for index, request in requests.items()]
+        cancels: list[Callable[[], None]] = []
         try:
-            running = len(tasks)
+            for index, request in requests.items():
+                cancels.append(self._running.begin(request, partial(deliver, index)))
+            running = len(requests)
             while running:
                 batch: list[tuple[int, TokenEvent]] = []
                 while not (batch and arrived.empty()):
-                    item = await arrived.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    batch.append(item)
-                    running -= item[1].finish_reason is not None
+                    index, event = await arrived.get()
+                    if isinstance(event, GanymedeError):
+                        raise event
+                    batch.append((index, event))
+                    running -= event.finish_reason is not None
                 yield batch
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for cancel in cancels:
+                cancel()
 
     def _check(self, call: Call) -> None:
         """Raises `RequestError` for what this kind of model, or no model, does."""
@@ -147,7 +149,7 @@ class Writer:
         """How calls of tools are written in the answers, if there may be any; None too where the prompt will refuse."""
         return None if call.tool_use is None else self._text.tool_convention
 
-    def _requests(self, call: Call, convention: Convention | None) -> dict[int, Request]:
+    def _requests(self, call: Call, convention: Convention | None, adapter: Adapter | None) -> dict[int, Request]:
         """The engine's requests by index: all choices of the first prompt, then of the next, those left out that have
         ended. Raises `RequestError` for what the model cannot take.
         """
@@ -165,7 +167,7 @@ class Writer:
                     allowed=f"at most {limit}",
                 )
             sampling = call.sampling.model_copy(update={"max_new_tokens": limit, "seed": seed})
-            requests += Request(f"{call.id}-{index}", ids, sampling, spelt=spelt).choices(call.choices)
+            requests += Request(f"{call.id}-{index}", ids, sampling, spelt=spelt, adapter=adapter).choices(call.choices)
         if call.begun is None:
             return dict(enumerate(requests))
         return {
@@ -185,7 +187,7 @@ class Writer:
             index,
             request,
             self._text,
-            self._digest,
+            self._digest if call.adapter is None else call.adapter.key,
             echo=echo,
             report_sampling=call.report_sampling,
             convention=convention,

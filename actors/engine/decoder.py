@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from actors.engine.adapters import Adapted, adapted
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
 from actors.engine.linear import Linear, RmsNorm
@@ -62,6 +63,8 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    inner: int
+    """Of the MLP."""
     context: int
     norm_epsilon: float
 
@@ -75,6 +78,7 @@ class Shape:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            inner=config.intermediate_size,
             context=config.max_position_embeddings,
             norm_epsilon=config.rms_norm_eps,
         )
@@ -82,10 +86,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class _Layer:
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
+    qkv: Linear | Adapted
+    out: Linear | Adapted
+    gate_up: Linear | Adapted
+    down: Linear | Adapted
     attention_norm: RmsNorm
     mlp_norm: RmsNorm
     head_norm: torch.Tensor | None
@@ -148,6 +152,21 @@ class LeanDecoder:
             rotations_LD=_rotations(config, shape, device),
         )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._head.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._head.device
+
+    @property
+    def scales_queries(self) -> bool:
+        """Whether the scale of attention's scores is part of the query weights."""
+        return self._layers[0].head_norm is None
+
     def new_cache(self, tokens: int) -> KVCache:
         """An empty cache for this model. Raises `EngineError` if the device has no memory for it."""
         shape = self.shape
@@ -164,16 +183,17 @@ class LeanDecoder:
             cache: made by `new_cache`.
             wanted: numbers of tokens of the step, the first span's first token being 0.
         """
-        hidden_NC = self._hidden(StepAttention(spans, cache, self._head.device))
+        device = self._head.device
+        hidden_NC = self._hidden(StepAttention(spans, cache, device), adapted(self._layers, spans, device))
         hidden_WC = hidden_NC if len(wanted) == len(hidden_NC) else hidden_NC[list(wanted)]
         return self._head(self._norm(hidden_WC)).float()
 
-    def _hidden(self, step: StepAttention) -> torch.Tensor:
+    def _hidden(self, step: StepAttention, layers: Sequence[_Layer]) -> torch.Tensor:
         shape = self.shape
         scored = shape.heads + shape.kv_heads
         rotations_N1D = self._rotations_LD[step.positions_N][:, None]
         residual_NC = self._embed(step.tokens_N)
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(layers):
             x_NC = layer.attention_norm(residual_NC)
             heads_NHD = layer.qkv(x_NC).view(len(x_NC), -1, shape.head_dim)
             if layer.head_norm is not None:
@@ -226,7 +246,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def in_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of each head reordered from (first half, second half) to pairs."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -268,8 +288,8 @@ class _Weights:
     def _head_norm(self, attention: str, shape: Shape) -> torch.Tensor | None:
         if attention + "q_norm.weight" not in self._tensors:
             return None
-        query_D = _pairs(self._raw(attention + "q_norm"), 1) * shape.head_dim**-0.5
-        key_D = _pairs(self._raw(attention + "k_norm"), 1)
+        query_D = in_pairs(self._raw(attention + "q_norm"), 1) * shape.head_dim**-0.5
+        key_D = in_pairs(self._raw(attention + "k_norm"), 1)
         return torch.cat([query_D.expand(shape.heads, -1), key_D.expand(shape.kv_heads, -1)]).to(**self._to)
 
     def _raw(self, module: str) -> torch.Tensor:
@@ -287,4 +307,4 @@ class _Weights:
     def _interleaved(self, module: str, heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias in pairs, and scaled."""
         weight, bias = self._pair(module)
-        return _pairs(weight, heads) * scale, None if bias is None else _pairs(bias, heads) * scale
+        return in_pairs(weight, heads) * scale, None if bias is None else in_pairs(bias, heads) * scale

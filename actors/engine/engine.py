@@ -18,6 +18,9 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 
+from actors.engine.adapter_loading import check_text, load_adapter, not_lean
+from actors.engine.adapters import Adapter
+from actors.engine.decoder import LeanDecoder
 from actors.engine.emission import emit, wanted
 from actors.engine.kernels import kernels_kind
 from actors.engine.modules import Decoder, DecoderChoice, load_decoder
@@ -37,7 +40,6 @@ rows do, plus its rows: `kernels.c` takes 0.76 ms for 1 row times 512 x 8192, 1.
 for 256 on one AVX2 core. The scheduler's share of 1.5 times that is the delay of one and a half steps."""
 
 _CPU_CACHE_BYTES = 4 << 30
-
 _SCORE_TOKENS = 2048
 """Tokens scored at once: bounds the logits held, 32 MB for a vocabulary of 4096."""
 
@@ -147,6 +149,21 @@ class Engine:
     def preemptions(self) -> int:
         """Times a running request had to wait because the cache was full."""
         return self._scheduler.preemptions
+
+    def load_adapter(self, folder: Path, key: str) -> Adapter:
+        """Opens the adapter of an artifact for requests; any thread may ask for it.
+
+        Args:
+            folder: of the artifact: the adapter, and the tokenizer files it was trained with.
+            key: tells it from other adapters, and never stands for two.
+
+        Raises `ArtifactError` if there is no adapter that this model can be run with, `CorruptArtifactError` if it
+        cannot be read, `ContractError` if it was trained with another tokenizer or chat template than the model's.
+        """
+        if not isinstance(self._decoder, LeanDecoder):
+            raise not_lean(f"it runs through {self.decoder_kind}")
+        check_text(folder, self.text)
+        return load_adapter(self._decoder, folder, key)
 
     def submit(self, request: Request) -> None:
         """Queues a request. Raises `RequestError` if it cannot be served, `OverloadedError` if the queue is full."""

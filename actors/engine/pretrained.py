@@ -22,7 +22,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings",
+    "max_position_embeddings", "intermediate_size",
 )  # fmt: skip
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from actors.engine.randomness import choice_seed
 from configs.errors import GanymedeError, RequestError
 from configs.schema.generation import Sampling
+
+if TYPE_CHECKING:
+    from actors.engine.adapters import Adapter
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -25,6 +28,13 @@ class Request:
     ones after them are those that would have come."""
     spelt: frozenset[int] = frozenset()
     """Special tokens that the text holds by their names; the others it leaves out."""
+    adapter: Adapter | None = None
+    """Of the model, that writes the answer; the bare model does without one. Decoders on the lean forward pass only."""
+
+    @property
+    def writer(self) -> str:
+        """Key of the adapter: keys and values are of use only to requests with the same one."""
+        return "" if self.adapter is None else self.adapter.key
 
     def check(self, *, context_length: int, vocab: int) -> None:
         """Raises `RequestError` unless a model with this window and number of tokens can serve the request."""

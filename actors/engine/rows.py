@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.engine.sequence import Sequence
 
@@ -58,6 +58,8 @@ class _Left:
     """What an ended sequence left in its row."""
 
     tokens: Tokens[int]
+    writer: str
+    """`Request.writer` of the sequence: others' keys and values are no good for its tokens."""
     used: int
     """Number of the use, to tell the least recently used row."""
 
@@ -120,7 +122,7 @@ class Rows:
         for row, sequence in enumerate(running):
             sequence.row = row
         behind = enumerate(newest, start=len(running))
-        self._left = {row: _Left(left.tokens[:width], left.used) for row, (_, left) in behind}
+        self._left = {row: replace(left, tokens=left.tokens[:width]) for row, (_, left) in behind}
 
     def seat(self, sequence: Sequence) -> None:
         """Gives a sequence a row, with what other rows hold of its beginning. There must be a row that is free."""
@@ -147,7 +149,7 @@ class Rows:
         """An older sequence that is about to compute more of this one's tokens than any row has, and how many."""
         best, found = sequence.cached + _WORTH_KEEPING - 1, None
         for other in self.running:
-            if other.arrival < sequence.arrival:
+            if other.arrival < sequence.arrival and other.request.writer == sequence.request.writer:
                 length = _common(sequence.tokens, other.tokens, min(sequence.reusable, len(other.tokens)), best)
                 if length > best and length > other.cached:
                     best, found = length, other
@@ -160,9 +162,9 @@ class Rows:
         if len(tokens) >= _WORTH_KEEPING:
             # A row that this one continues has nothing to add.
             for row, other in list(self._left.items()):
-                if other.tokens == tokens[: len(other.tokens)]:
+                if other.writer == sequence.request.writer and other.tokens == tokens[: len(other.tokens)]:
                     del self._left[row]
-            self._left[sequence.row] = _Left(tokens, self._use())
+            self._left[sequence.row] = _Left(tokens, sequence.request.writer, self._use())
         sequence.row = -1
         sequence.cached = 0
 
@@ -192,18 +194,21 @@ class Rows:
     def _match(self, sequence: Sequence) -> tuple[int, int]:
         """The longest beginning of a sequence's tokens that some row holds, and the row; (0, -1) if there is none."""
         best, found = _WORTH_KEEPING - 1, -1
-        for row, tokens, cached in self._contents():
+        for row, tokens, cached in self._contents(sequence.request.writer):
             if row != sequence.row:
                 length = _common(sequence.tokens, tokens, min(sequence.reusable, cached), best)
                 if length > best:
                     best, found = length, row
         return (0, -1) if found < 0 else (best, found)
 
-    def _contents(self) -> Iterator[tuple[int, Tokens[int], int]]:
+    def _contents(self, writer: str) -> Iterator[tuple[int, Tokens[int], int]]:
+        """What rows hold that was computed with this adapter, or with none."""
         for row, left in self._left.items():
-            yield row, left.tokens, len(left.tokens)
+            if left.writer == writer:
+                yield row, left.tokens, len(left.tokens)
         for sequence in self.running:
-            yield sequence.row, sequence.tokens, sequence.cached
+            if sequence.request.writer == writer:
+                yield sequence.row, sequence.tokens, sequence.cached
 
     def _take(self, sequence: Sequence, length: int, source: int) -> None:
         if source >= 0 and source != sequence.row:

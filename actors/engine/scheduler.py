@@ -12,10 +12,14 @@ from collections import deque
 from collections.abc import Collection
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from actors.engine.rows import Command, Rows
 from actors.engine.sequence import Sequence
 from configs.errors import OverloadedError
+
+if TYPE_CHECKING:
+    from actors.engine.adapters import Adapter
 
 _MOST_FILLING = 8
 """Sequences part way through their prompts: enough to find short ones among them; decoding reads past their rows."""
@@ -32,6 +36,8 @@ class Span:
     row: int
     start: int
     tokens: Tokens[int]
+    adapter: Adapter | None = None
+    """That they are run with."""
 
     @property
     def stop(self) -> int:
@@ -237,4 +243,4 @@ def _shares(missing: Tokens[int], budget: int) -> list[int]:
 
 def _turn(sequence: Sequence, count: int) -> Turn:
     start = sequence.cached
-    return Turn(sequence, Span(sequence.row, start, sequence.tokens[start : start + count]))
+    return Turn(sequence, Span(sequence.row, start, sequence.tokens[start : start + count], sequence.request.adapter))

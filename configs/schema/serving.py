@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -41,12 +41,9 @@ class CanaryConfig(Config):
     """Share of those who ask (the field `user` of requests; where it is missing, of the requests) that get it."""
 
 
-class ServingConfig(Config):
-    """An OpenAI-compatible endpoint on Ray Serve."""
+class ModelSettings(Config):
+    """How one model is served: its replicas, a second version beside it, adapters over it."""
 
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
-    """Address to bind; loopback unless told otherwise."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
     replicas_min: Annotated[int, Field(ge=0)] = 1
     """0 lets the last replica go after `idle_seconds`; the next request waits until one has started."""
     replicas_max: Annotated[int, Field(ge=1)] = 2
@@ -59,22 +56,54 @@ class ServingConfig(Config):
     """Sequences a replica decodes together."""
     max_queued: Annotated[int, Field(ge=1)] = 128
     """Sequences that wait in a replica before it answers 503; also the most prompts of one request."""
-    max_body_bytes: Annotated[int, Field(ge=1 << 10)] = 4 << 20
-    """Longer request bodies are answered 413."""
+    max_adapters: Annotated[int, Field(ge=1)] = 8
+    """Adapters that a replica holds beside the model; the one that was asked for least recently makes room."""
     canary: CanaryConfig | None = None
     """A second version beside the one that is served, with as many replicas as it may have."""
+    adapters: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Adapters (`finetune` with `lora.merge: false`) that the replicas run too, each under a name of its own:
+    NAME@ALIAS or NAME@VERSION of the registry, or model/NAME@VERSION."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    body_limit_seconds: Annotated[float, Field(gt=0)] = 30.0
-    """A request whose headers or body take longer to arrive is answered 408."""
     queue_limit_seconds: Annotated[float, Field(gt=0)] = 120.0
     """A request that has no token after this time is answered 503 instead of being read."""
     drain_limit_seconds: Annotated[float, Field(gt=0)] = 60.0
     """A replica that is replaced or no longer needed has this time to finish its answers; they are cut off then."""
     step_limit_seconds: Annotated[float, Field(gt=0)] = 8.0
     """A replica whose engine takes longer over one step counts as hung and is replaced."""
+
+    @model_validator(mode="after")
+    def _range_of_replicas(self) -> Self:
+        if self.replicas_max < self.replicas_min:
+            raise ValueError(f"replicas_max {self.replicas_max} must be at least replicas_min {self.replicas_min}")
+        return self
+
+
+OF_ONE_MODEL = frozenset({"canary", "adapters"})
+"""Settings that are never those of several models."""
+
+
+class ServedModelConfig(ModelSettings):
+    """One of several models behind an endpoint."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """NAME@ALIAS or NAME@VERSION of the registry, or model/NAME@VERSION."""
+
+
+class ServingConfig(ModelSettings):
+    """An OpenAI-compatible endpoint on Ray Serve. The settings of models are those of all that do not say otherwise."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to bind; loopback unless told otherwise."""
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    models: tuple[ServedModelConfig, ...] = ()
+    """What is served; in a recipe, beside the stage's own model."""
+    max_body_bytes: Annotated[int, Field(ge=1 << 10)] = 4 << 20
+    """Longer request bodies are answered 413."""
+    body_limit_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """A request whose headers or body take longer to arrive is answered 408."""
     keys_path: Path | None = None
     """File with the API keys; `<home>/keys.json` unless set, which `ganymede keys add` writes."""
     require_keys: bool | None = None
@@ -85,11 +114,15 @@ class ServingConfig(Config):
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """Time the endpoint has to become ready before the deployment counts as failed."""
 
-    @model_validator(mode="after")
-    def _range_of_replicas(self) -> Self:
-        if self.replicas_max < self.replicas_min:
-            raise ValueError(f"replicas_max {self.replicas_max} must be at least replicas_min {self.replicas_min}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _common_settings(cls, data: Any) -> Any:
+        """What is set for all models becomes a setting of each that does not set it."""
+        if not isinstance(data, dict) or not isinstance(data.get("models"), list | tuple):
+            return data
+        common = {key: data[key] for key in ModelSettings.model_fields.keys() & data.keys() - OF_ONE_MODEL}
+        models = [{**common, **each} if isinstance(each, dict) else each for each in data["models"]]
+        return {**data, "models": models}
 
     @property
     def keys_required(self) -> bool:

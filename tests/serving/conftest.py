@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from configs.schema.serving import ServingConfig
 from infra.deploy import Endpoint, serve_model, stop_serving
 from infra.local import quiet_environment, ray_session
 from infra.platform import free_ports
-from serving.calls import ServedModel
-from serving.canary import versions_of
+from serving.calls import Offer, ServedModel
+from serving.catalogue import Entry, entries
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
 from serving.replica import EngineReplica
@@ -85,16 +85,23 @@ def real_endpoint(folder: Path, home: Path, **settings: Any) -> Iterator[Endpoin
         stop_serving()
 
 
-@contextmanager
-def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> Iterator[str]:
+def endpoint_of(folder: Path, model: ServedModel, **settings: Any) -> AbstractContextManager[str]:
     """The same for a model that says of itself what `model` does."""
     config = ServingConfig(precision="fp32", **settings)
-    replicas = [EngineReplica(replace(model, folder=str(folder)), config)]
-    if model.canary is not None:
-        replicas.append(EngineReplica(model.canary, config))
-    metrics = Metrics(model)
-    backend = versions_of(model, config, replicas[0], replicas[-1], metrics)
-    api = create_api(backend, model, config, metrics)
+    return offered([Offer(replace(model, folder=str(folder)), config)], config)
+
+
+@contextmanager
+def offered(offers: Sequence[Offer], config: ServingConfig) -> Iterator[str]:
+    """The same for several models."""
+    metrics = Metrics([offer.model for offer in offers])
+    catalogue: dict[str, Entry] = {}
+    replicas: list[EngineReplica] = []
+    for offer in offers:
+        own = [EngineReplica(version.replicated, offer.settings) for version in offer.model.versions]
+        catalogue |= entries(offer, own[0], own[-1], metrics)
+        replicas += own
+    api = create_api(catalogue, config, metrics)
     server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -18,7 +18,7 @@ from actors.store.artifacts import ArtifactStore
 from configs.errors import ArtifactError, InputError
 from configs.schema.serving import CanaryConfig, ServingConfig
 from infra.cli.main import app
-from infra.served import find_model, with_canary
+from infra.served import find_model, offer_of
 from serving.calls import LOST, Call, Refusal, ServedModel, fingerprint
 from serving.canary import gets_canary, versions_of
 from serving.metrics import Metrics
@@ -114,7 +114,7 @@ def test_while_no_canary_can_be_asked_the_stable_version_answers_and_says_so(
     assert model.canary is not None
     config = ServingConfig(precision="fp32", canary=SHARE, max_sequences=2)
     stable, canary = EngineReplica(model, config), EngineReplica(model.canary, config)
-    metrics = Metrics(model)
+    metrics = Metrics([model])
     both = versions_of(model, config, stable, canary, metrics)
     wants_canary = next(user for user in USERS if gets_canary(user, (model.digest, model.canary.digest), SHARE.weight))
 
@@ -151,7 +151,8 @@ def test_the_endpoint_tells_of_both_versions(http: httpx.Client, model: ServedMo
     assert canary["capabilities"] == entry["capabilities"]
     assert [each["id"] for each in http.get("/v1/models").json()["data"]] == ["tiny"]
     health = http.get("/health").json()
-    assert (health["digest"], health["canary"]) == (model.digest, {"status": "ok", "digest": model.canary.digest})
+    canary = {"status": "ok", "digest": model.canary.digest}
+    assert health["models"] == {"tiny": {"status": "ok", "digest": model.digest, "canary": canary}}
 
 
 def test_metrics_and_the_access_log_tell_the_versions_apart(http: httpx.Client, model: ServedModel, log: Path) -> None:
@@ -185,11 +186,15 @@ def test_a_canary_is_another_version_of_the_same_model(tmp_path: Path) -> None:
     for ref in ("model/tiny@1", "model/tiny@2", "model/other@1"):
         publish(store, ref, None)
     stable = find_model("model/tiny@1", store, tmp_path)
-    assert with_canary(stable, None, store, tmp_path) == stable
-    both = with_canary(stable, CanaryConfig(model="model/tiny@2", weight=0.1), store, tmp_path)
-    assert [version.ref for version in both.versions] == ["model/tiny@1", "model/tiny@2"]
+
+    def beside(reference: str) -> ServedModel:
+        settings = ServingConfig(canary=CanaryConfig(model=reference, weight=0.1))
+        return offer_of(stable, settings, store, tmp_path).model
+
+    assert offer_of(stable, ServingConfig(), store, tmp_path).model == stable
+    assert [version.ref for version in beside("model/tiny@2").versions] == ["model/tiny@1", "model/tiny@2"]
     for wrong in ("model/tiny@1", "model/other@1"):
         with pytest.raises(InputError, match="another version of tiny"):
-            with_canary(stable, CanaryConfig(model=wrong, weight=0.1), store, tmp_path)
+            beside(wrong)
     with pytest.raises(ArtifactError):
-        with_canary(stable, CanaryConfig(model="model/tiny@9", weight=0.1), store, tmp_path)
+        beside("model/tiny@9")

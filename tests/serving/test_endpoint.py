@@ -72,7 +72,7 @@ def greedy(folder: Path, prompt_ids: list[int], tokens: int) -> str:
 def test_health_says_which_model_is_ready(http: httpx.Client) -> None:
     answer = http.get("/health")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "ok", "model": "tiny", "digest": "ab" * 32}
+    assert answer.json() == {"status": "ok", "models": {"tiny": {"status": "ok", "digest": "ab" * 32}}}
 
 
 def test_models_are_listed_and_described(client: openai.OpenAI) -> None:

@@ -43,7 +43,10 @@ def test_requests_wait_for_the_replica_that_they_start(endpoint: Endpoint) -> No
                 # Looking does not wake it.
                 assert (await client.get("/metrics")).status_code == 200
                 assert (await client.get("/v1/models")).status_code == 200
-                assert (await client.get("/health")).json() == {"status": "asleep", "model": "tiny"}
+                assert (await client.get("/health")).json() == {
+                    "status": "asleep",
+                    "models": {"tiny": {"status": "asleep"}},
+                }
                 answers = await asyncio.gather(*[ask(client, number) for number in range(4)])
                 assert [answer.status_code for answer in answers] == [200] * 4
                 assert [answer.json()["choices"] for answer in answers] == before
