@@ -73,8 +73,8 @@ def test_the_page_has_ratios_stalls_and_times_to_a_loss() -> None:
                       "share_of_matmul_rate": {ours[0]: 0.8, ours[1]: 0.7}},
             "checkpoint": {"17M": {"seconds": 0.5, "bytes": 2e8}},
             "shakespeare": {
-                "reference": curve((30.0, 2.0), (60.0, 1.88)), "reference_parameters": 1,
-                "third": curve((10.0, 2.0), (20.0, 1.85)), "whole": curve((30.0, 1.7), (60.0, 1.6)),
+                "stage": "third", "parameters": 1, "reference": curve((30.0, 2.0), (60.0, 1.88)),
+                "ours": curve((10.0, 2.0), (20.0, 1.85)),
             },
         },
     })  # fmt: skip
@@ -83,5 +83,5 @@ def test_the_page_has_ratios_stalls_and_times_to_a_loss() -> None:
     assert "against 1 of 2: 0.90x (0.90x)" in page
     assert "Every 50 steps of 4.55 s, that is 0.2% of the time" in page
     assert "| ganymede `third` | 200 | 20.0 | 1.8500 | 0.33 |" in page
-    assert "To the small GPT's last loss (1.880): small GPT 60.0 s, `third` 20.0 s, `whole` 30.0 s." in page
+    assert "To the small GPT's last loss (1.880): small GPT 60.0 s, ganymede `third` 20.0 s." in page
     assert "To 1.886 (1.886)" in page
