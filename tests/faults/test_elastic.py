@@ -31,12 +31,15 @@ def free_port() -> int:
 
 
 class Machine:
-    """A Ray node of one processor; the first one is the head."""
+    """A Ray node of one processor; the one numbered 1 is the head, which the driver connects to by its address."""
 
-    def __init__(self, folder: Path, address: str, *, head: bool = False) -> None:
-        place = ["--head", f"--port={address.partition(':')[2]}"] if head else [f"--address={address}"]
-        if head:
+    def __init__(self, folder: Path, address: str, number: int) -> None:
+        place = [f"--node-ip-address=127.0.0.{number}"]
+        if number == 1:
+            place += ["--head", f"--port={address.partition(':')[2]}"]
             place += ["--include-dashboard=false", f"--temp-dir={folder}"]
+        else:
+            place += [f"--address={address}"]
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), "start", *place, "--num-cpus=1", "--block",
              "--disable-usage-stats", f"--object-store-memory={100 << 20}"],
@@ -57,10 +60,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
     """A head of one processor, its address, and what adds a machine to it."""
     folder = tmp_path_factory.mktemp("r")
     address = f"127.0.0.1:{free_port()}"
-    machines = [Machine(folder, address, head=True)]
+    machines = [Machine(folder, address, 1)]
 
     def add() -> Machine:
-        machines.append(Machine(folder, address))
+        machines.append(Machine(folder, address, len(machines) + 1))
         return machines[-1]
 
     try:
