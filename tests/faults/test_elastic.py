@@ -30,6 +30,18 @@ def free_port() -> int:
         return int(held.getsockname()[1])
 
 
+def wait_for(address: str) -> None:
+    """Returns when somebody answers there."""
+    host, _, port = address.partition(":")
+    deadline = time.monotonic() + 60
+    while True:
+        with closing(socket.socket()) as asking:
+            if asking.connect_ex((host, int(port))) == 0:
+                return
+        assert time.monotonic() < deadline, f"no Ray head at {address}"
+        time.sleep(0.2)
+
+
 class Machine:
     """A Ray node of one processor; the one numbered 1 is the head, which the driver connects to by its address."""
 
@@ -61,6 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Callable
     folder = tmp_path_factory.mktemp("r")
     address = f"127.0.0.1:{free_port()}"
     machines = [Machine(folder, address, 1)]
+    wait_for(address)
 
     def add() -> Machine:
         machines.append(Machine(folder, address, len(machines) + 1))
