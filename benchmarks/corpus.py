@@ -71,9 +71,8 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     runs = 1 if options.quick else options.runs
     tokenizer = run_module("benchmarks.corpus_ours", source, work, "--tokenizer-only")["tokenizer"]
     bare = run_module("benchmarks.corpus_bare", source, tokenizer, "--workers", WORKERS, "--runs", max(runs, 3))
-    ours = run_module(
-        "benchmarks.corpus_ours", source, work, "--workers", 1, WORKERS, "--runs", 1 + max(runs, 3), "--loader"
-    )
+    flags = ("--workers", 1, WORKERS, "--runs", 1 + max(runs, 3), "--loader", "--memory")
+    ours = run_module("benchmarks.corpus_ours", source, work, *flags)
     peers = {name: run_peer(name, options.peers, source, tokenizer, work, runs) for name in PEERS}
     return {"jsonl_bytes": jsonl_bytes, "bare": bare, "ours": ours["corpora"], "loader": ours["loader"], "peers": peers}
 

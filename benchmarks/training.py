@@ -47,17 +47,18 @@ _WRITE_SECONDS = 3.0
 """By then a checkpoint is written, as it is in the 50 steps of a run."""
 _CHARACTERS = {"vocab": 261, "length": 64, "width": 128, "layers": 4, "heads": 4, "inner": 352}
 _LOOPS = {
-    "bare loop, its loss over all logits": "bare",
-    "bare loop, our loss": "bare_fused_loss",
-    "transformers' Trainer": "trainer",
-    "small GPT, plain loop": "small_gpt",
+    "bare loop, its loss over all logits": ("bare", MICRO_ROWS),
+    "bare loop, our loss": ("bare_fused_loss", MICRO_ROWS),
+    "transformers' Trainer": ("trainer", MICRO_ROWS),
+    "transformers' Trainer, the batch at once": ("trainer", ROWS),
+    "small GPT, plain loop": ("small_gpt", MICRO_ROWS),
 }
+"""Loop, and rows that it runs at once, by what it is called."""
 _OURS = {
     "ganymede, 1 worker of 2 threads, AdamW": {"workers": 1, "cpus_per_worker": 2, "optim": {"name": "adamw"}},
     "ganymede, 2 workers of 1 thread, AdamW": {"workers": 2, "cpus_per_worker": 1, "optim": {"name": "adamw"}},
-    "ganymede, 2 workers of 1 thread, Muon": {"workers": 2, "cpus_per_worker": 1},
 }
-_LIKE_FOR_LIKE, _TWO_WORKERS, _ = _OURS
+_LIKE_FOR_LIKE, _TWO_WORKERS = _OURS
 
 
 def main() -> int:
@@ -88,7 +89,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=_PARTS, default=tuple(_PARTS), metavar="PART", help=", ".join(_PARTS)
     )
-    parser.add_argument("--steps", type=int, default=16, help="steps of each contestant in `speed`")
+    parser.add_argument("--steps", type=int, default=8, help="steps of each contestant in `speed`")
     parser.add_argument("--work", type=Path, default=ROOT / ".ganymede/benchmarks/training", help="scratch folder")
     return parser.parse_args()
 
@@ -99,42 +100,42 @@ def _speed(options: argparse.Namespace) -> dict[str, Any]:
     options.work.mkdir(parents=True, exist_ok=True)
     rates: dict[str, float] = {}
     shares: dict[str, float] = {}
-    files: dict[str, str] = {}
-    for number, (name, training) in enumerate(_OURS.items()):
-        path = options.work / f"speed-{number}.yaml"
-        path.write_text(yaml.safe_dump(_speed_recipe(training, steps)))
-        found = run_module(
-            "benchmarks.training_ours", path, options.work / "speed", "--rows", "pretrain", "--row-steps", steps
-        )
-        lines = found["stages"]["pretrain"]["lines"][1:]  # the first step allocates
+    path = options.work / "speed.yaml"
+    path.write_text(yaml.safe_dump(_speed_recipe(steps)))
+    ours = run_module("benchmarks.training_ours", path, options.work / "speed", "--rows", "run-0", "--row-steps", steps)
+    for number, name in enumerate(_OURS):
+        lines = ours["stages"][f"run-{number}"]["lines"][1:]  # the first step allocates
         rates[name] = median(line["tokens_per_second"] for line in lines)
         shares[name] = median(line["mfu"] for line in lines)
-        files = found["files"]
     arguments = _shape_arguments(VOCAB, SHAPE["context_length"], SHAPE["hidden_size"], SHAPE["layers"], SHAPE["heads"],
                                  SHAPE["intermediate_size"])  # fmt: skip
-    for name, loop in _LOOPS.items():
-        found = run_module("benchmarks.training_loops", loop, files["train"], *arguments, "--micro-rows", MICRO_ROWS)
+    for name, (loop, micro_rows) in _LOOPS.items():
+        found = run_module(
+            "benchmarks.training_loops", loop, ours["files"]["train"], *arguments, "--micro-rows", micro_rows
+        )
         rates[name] = found["positions"] / median(found["seconds"][1:])
     return {"steps": steps, "tokens_per_second": rates, "share_of_matmul_rate": shares}
 
 
-def _speed_recipe(training: dict[str, Any], steps: int) -> dict[str, Any]:
+def _speed_recipe(steps: int) -> dict[str, Any]:
+    """One corpus, and a run of each of ours on it."""
     source = {"path": "python:stdlib", "max_bad_fraction": 0.01}
+    shared = {
+        "steps": steps, "batch_rows": ROWS, "micro_batch_rows": MICRO_ROWS, "eval_rows": 2, "eval_every_steps": steps,
+        "log_every_steps": 1, "precision": "fp32",
+    }  # fmt: skip
+    runs = {
+        f"run-{number}": {"kind": "pretrain", "corpus": "corpus", "model": SHAPE, "training": {**shared, **training}}
+        for number, training in enumerate(_OURS.values())
+    }
     return {
         "name": "speed",
         "stages": {
             "tokenizer": {"source": source, "vocab_size": VOCAB},
             "corpus": {"tokenizer": "tokenizer", "source": source},
-            "pretrain": {
-                "corpus": "corpus",
-                "model": SHAPE,
-                "training": {
-                    "steps": steps, "batch_rows": ROWS, "micro_batch_rows": MICRO_ROWS, "eval_rows": 2,
-                    "eval_every_steps": steps, "log_every_steps": 1, "precision": "fp32", **training,
-                },
-            },
+            **runs,
         },
-    }  # fmt: skip
+    }
 
 
 def _shape_arguments(vocab: int, length: int, width: int, layers: int, heads: int, inner: int) -> list[Any]:

@@ -34,6 +34,7 @@ from serving.calls import (
     Tokens,
     is_long,
 )
+from serving.wire import Senders
 
 if TYPE_CHECKING:
     from actors.engine.adapters import Adapter
@@ -68,6 +69,7 @@ class EngineReplica:
         )
         self._step_limit_seconds = config.step_limit_seconds
         self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
+        self._senders = Senders()
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._labels: tuple[str, ...] = ()
@@ -105,6 +107,22 @@ class EngineReplica:
         async with aclosing(self._writer.stream(call, adapter)) as batches:
             async for batch in batches:
                 yield self._or_lost(batch) if isinstance(batch, Refusal) else batch
+
+    async def relay(self, call: Call, to: str | None) -> AsyncGenerator[Sequence[Piece] | Refusal | str, None]:
+        """The same for an ingress. If the wire at `to` is on this machine, it takes the answers, and all that comes
+        this way is the name of this end of it. Ends early if that ingress has gone away.
+        """
+        sender = None if to is None else await self._senders.to(to)
+        if sender is not None:
+            yield sender.name
+        async with aclosing(self.stream(call)) as batches:
+            async for batch in batches:
+                if sender is None:
+                    yield batch
+                elif sender.open:
+                    sender.send(call.id, batch)
+                else:
+                    return
 
     async def _adapter(self, source: AdapterSource) -> Adapter | Refusal:
         """An adapter to write with. In the middle of an update, a replica with another base is as good as lost."""

@@ -24,6 +24,8 @@ from pipelines.training.examples import Framing
 from pipelines.training.loop import AVERAGE
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
 from pipelines.training.models import Head, parameter_count, save_model, set_generation, trained_count, window
+from pipelines.training.samples import FILE as SAMPLES
+from pipelines.training.samples import read_samples
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -99,6 +101,9 @@ def write_model(
     curve = [{name: value for name, value in line.items() if name not in _TIMED} for line in lines]
     (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
+    samples = read_samples(context.work / SAMPLES, Text.load(publication.text_from))
+    if samples:
+        context.run.log_table(samples, "samples.json")
     scored = [line for line in lines if "validation_loss" in line]
     scores = score(model)
     card = Card(

@@ -53,7 +53,7 @@ def test_training_time_adds_up_over_intervals_of_different_speed() -> None:
 
 
 def test_the_recipe_that_is_timed_is_a_recipe_of_fp32() -> None:
-    stage = Recipe.model_validate(_speed_recipe({"workers": 1, "cpus_per_worker": 2}, 8)).stages["pretrain"]
+    stage = Recipe.model_validate(_speed_recipe(8)).stages["run-0"]
     assert stage.training.precision == "fp32"
     assert (stage.training.workers, stage.training.cpus_per_worker) == (1, 2)
 

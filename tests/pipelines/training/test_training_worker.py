@@ -27,6 +27,8 @@ from pipelines.training.objectives import Objective, SupervisedPairs
 from pipelines.training.pairs import PairRows, render_pairs
 from pipelines.training.parallel import Ranks
 from pipelines.training.publication import Publication, write_model
+from pipelines.training.samples import FILE as SAMPLES
+from pipelines.training.samples import read_samples
 from pipelines.training.worker import CHECKPOINTS, PEAK, STOP, Task, clear_signals, read_failure, run
 
 CPU = torch.device("cpu")
@@ -78,6 +80,11 @@ def test_a_stopped_and_resumed_run_publishes_the_same_files(folder: Path) -> Non
     assert [line["step"] for line in read_metrics(parts.work / FILE)] == []
     clear_signals(parts.work)
     run(parts, Ranks(), CPU)
+    text = Text.load(folder)
+    samples = read_samples(whole.work / SAMPLES, text)
+    assert [sample["step"] for sample in samples] == [4, 4, 8, 8]
+    assert "double 0" in samples[0]["prompt"]
+    assert samples == read_samples(parts.work / SAMPLES, text)
     (summary, out), (_, again) = publish(whole, folder), publish(parts, folder)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in again.iterdir()}
