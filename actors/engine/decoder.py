@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
+from actors.engine.compiled_step import CompiledStep, LayerWeights
+from actors.engine.kernels import kernels_for
 from actors.engine.linear import Linear, RmsNorm
 from actors.engine.pretrained import read_config
 from actors.engine.scheduler import Span
@@ -80,18 +82,6 @@ class Shape:
         )
 
 
-@dataclass(frozen=True)
-class _Layer:
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
-    attention_norm: RmsNorm
-    mlp_norm: RmsNorm
-    head_norm: torch.Tensor | None
-    """Weights of the norms of queries and keys, a row for each of these heads."""
-
-
 class LeanDecoder:
     """A Llama-shaped model's weights and forward pass. Holds no state between calls; the cache is the caller's.
 
@@ -105,7 +95,7 @@ class LeanDecoder:
         shape: Shape,
         *,
         embedding: torch.Tensor | None,
-        layers: Sequence[_Layer],
+        layers: Sequence[LayerWeights],
         norm: RmsNorm,
         head: Linear,
         rotations_LD: torch.Tensor,
@@ -119,6 +109,11 @@ class LeanDecoder:
         self._norm = norm
         self._head = head
         self._rotations_LD = rotations_LD
+        kernels = kernels_for(head.dtype, head.device)
+        self._compiled = kernels and CompiledStep(
+            kernels, embedding_VC=embedding, layers=layers, norm=norm, head=head, rotations_LD=rotations_LD,
+            heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+        )  # fmt: skip
 
     @classmethod
     def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Self:
@@ -164,6 +159,8 @@ class LeanDecoder:
             cache: made by `new_cache`.
             wanted: numbers of tokens of the step, the first span's first token being 0.
         """
+        if self._compiled is not None:
+            return self._compiled.run(spans, cache, wanted)
         hidden_NC = self._hidden(StepAttention(spans, cache, self._head.device))
         hidden_WC = hidden_NC if len(wanted) == len(hidden_NC) else hidden_NC[list(wanted)]
         return self._head(self._norm(hidden_WC)).float()
@@ -249,13 +246,13 @@ class _Weights:
         """A norm of hidden states."""
         return RmsNorm(self[module], shape.norm_epsilon)
 
-    def layer(self, prefix: str, shape: Shape) -> _Layer:
+    def layer(self, prefix: str, shape: Shape) -> LayerWeights:
         """One transformer layer."""
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         head_norm = self._head_norm(attention, shape)
         query = self._interleaved(attention + "q_proj", shape.heads, shape.head_dim**-0.5 if head_norm is None else 1.0)
         key = self._interleaved(attention + "k_proj", shape.kv_heads, 1.0)
-        return _Layer(
+        return LayerWeights(
             qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._to),
             out=Linear.of([self._pair(attention + "o_proj")], **self._to),
             gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._to),
