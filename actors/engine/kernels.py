@@ -89,7 +89,7 @@ class Kernels:
         scale: float = 1.0,
         bias_HL: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of tokens over rows of a cache, [N, H * D]; those of a row that stand side by side read it together.
+        """Attention of tokens over rows of a cache, [N, H * D]; those of a row, side by side, read it together.
 
         Args:
             queries_NHD: fastest if each token's heads lie side by side.
@@ -111,9 +111,9 @@ class Kernels:
         self.library.attend(
             queries_NHD.data_ptr(), keys_RKLD.data_ptr(), values_RKLD.data_ptr(),
             None if bias_HL is None else bias_HL.data_ptr(), room.data_ptr(), out_NX.data_ptr(), rows_N.data_ptr(),
-            lengths_N.data_ptr(), first.data_ptr(), longest, queries_NHD.stride(0), keys_RKLD.stride(0), keys_RKLD.stride(1),
-            0 if bias_HL is None else bias_HL.stride(0), count, kv_heads, heads // kv_heads, size, scale,
-            threads,
+            lengths_N.data_ptr(), first.data_ptr(), longest, queries_NHD.stride(0), keys_RKLD.stride(0),
+            keys_RKLD.stride(1), 0 if bias_HL is None else bias_HL.stride(0), count, kv_heads, heads // kv_heads, size,
+            scale, threads,
         )  # fmt: skip
         return out_NX
 

@@ -16,7 +16,7 @@ from typing import Any, Self, cast, get_args
 import torch
 import torch.nn.functional as F
 
-from actors.engine import kernels
+from actors.engine import kernels, large_pages
 from actors.engine.kernels import kernels_for
 
 
@@ -36,7 +36,8 @@ class Linear:
             beyond = -self.out_features % self._kernels.panel
             self.bias_O = None if bias_O is None else F.pad(bias_O, (0, beyond))
             padded_OC = F.pad(weight_OC, (0, 0, 0, beyond))
-            self.weight = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2).contiguous()
+            panels = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2)
+            self.weight = large_pages.room(panels.shape).copy_(panels)
 
     @property
     def size(self) -> int:

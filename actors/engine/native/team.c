@@ -5,17 +5,18 @@
 #include "team.h"
 
 #include <omp.h>
-#include <sched.h>
 #include <time.h>
 
-/* Looks for the others' last parts before it is considered that they may have no core. */
-#define LOOKS 2000
-/* Seconds that a thread waits for others where each has a core, and parts are even. */
-#define PATIENCE 1e-3
-/* Most work that this thread does alone before it sees again whether the others have cores. */
-#define LONGEST_ALONE 255
+/* Looks for the others' last parts before the time is taken. */
+#define LOOKS 1000
+/* Seconds that a thread waits for another that has a core of its own, at most. */
+#define PATIENCE 5e-4
+/* Once another had none, this thread works alone for so many times as long as it waited: where other processes have the
+ * cores, two threads are no slower than one then, and else by a twentieth. */
+#define ALONE 20
 
-static int alone, pause_length;
+/* When others may take part again. */
+static double alone_until;
 
 static double now(void)
 {
@@ -31,18 +32,19 @@ static inline void breathe(void)
 #endif
 }
 
-/* Waits for the parts that others have taken; the seconds if they were many. */
+/* Waits for the parts that others have taken; for how long, if that was long. Awake: whoever yields its core here waits
+ * for a turn of the other process then, and did ten times as little in a trial. */
 static double wait_for(struct phase *phase)
 {
-    double since = 0;
-    for (int looks = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->parts; looks++)
-        if (looks < LOOKS)
-            breathe();
-        else {
+    double since = 0, waited = 0;
+    for (int looks = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < phase->parts; looks++) {
+        breathe();
+        if (looks % LOOKS == LOOKS - 1) {
             since = since ? since : now();
-            sched_yield();
+            waited = now() - since;
         }
-    return since ? now() - since : 0;
+    }
+    return waited;
 }
 
 /* The longest wait for other threads. */
@@ -60,38 +62,30 @@ static double take_parts(struct phase *phases, int count, int seat)
     return longest;
 }
 
-/* Whether the other threads are to be left out: each time that they were waited for, for longer. */
-static int are_away(void)
-{
-    const int left = __atomic_load_n(&alone, __ATOMIC_RELAXED);
-    if (left > 0)
-        __atomic_store_n(&alone, left - 1, __ATOMIC_RELAXED);
-    return left > 0;
-}
-
-static void remember(double waited)
-{
-    const int before = __atomic_load_n(&pause_length, __ATOMIC_RELAXED);
-    const int after = waited < PATIENCE ? before / 2 : before < LONGEST_ALONE ? 2 * before + 1 : before;
-    __atomic_store_n(&pause_length, after, __ATOMIC_RELAXED);
-    __atomic_store_n(&alone, waited < PATIENCE ? 0 : after, __ATOMIC_RELAXED);
-}
-
 void run_phases(struct phase *phases, int count, int threads)
 {
-    if (threads == 1 || are_away()) {
+    if (threads > 1) {
+        double until;
+        __atomic_load(&alone_until, &until, __ATOMIC_RELAXED);
+        threads = until == 0 || now() > until ? threads : 1;
+    }
+    if (threads == 1) {
         take_parts(phases, count, 0);
         return;
     }
-    double longest = 0, finished = 0;
+    double waited = 0, finished = 0;
 #pragma omp parallel num_threads(threads)
     {
         const int seat = omp_get_thread_num();
-        const double waited = take_parts(phases, count, seat);
+        const double longest = take_parts(phases, count, seat);
         if (seat == 0)
-            longest = waited, finished = now();
+            waited = longest, finished = now();
     }
-    /* All threads come to the end, also those that found nothing left to do. */
-    const double joined = now() - finished;
-    remember(joined > longest ? joined : longest);
+    /* All threads have to come to the end, also those that found nothing left to do. */
+    const double end = now();
+    waited = end - finished > waited ? end - finished : waited;
+    if (waited > PATIENCE) {
+        const double until = end + ALONE * waited;
+        __atomic_store(&alone_until, &until, __ATOMIC_RELAXED);
+    }
 }
