@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from actors.engine.cache import KVCache
-from actors.engine.kernels import Kernels
+from actors.engine.kernels import Kernels, address
 from actors.engine.linear import Linear, RmsNorm
 from actors.engine.scheduler import Span
 
@@ -29,7 +29,7 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ct
 
 
 class _Weight(ctypes.Structure):
-    _fields_ = (("panels", _POINTER), ("bias", _POINTER))
+    _fields_ = (("panels", _POINTER), ("scales", _POINTER), ("bias", _POINTER))
 
 
 class _Layer(ctypes.Structure):
@@ -101,7 +101,7 @@ class CompiledStep:
         )
         self._model = _Model(
             layers=ctypes.addressof(self._layers),
-            embedding=None if embedding_VC is None else embedding_VC.data_ptr(),
+            embedding=address(embedding_VC),
             norm=norm.weight_C.data_ptr(),
             head=_weight(head),
             rotations=rotations_LD.data_ptr(),
@@ -124,7 +124,7 @@ class CompiledStep:
             lengths.extend(range(span.start + 1, span.stop + 1))
             rows.extend([span.row] * len(span.tokens))
         chosen = array("l", wanted)
-        tokens = _Tokens(*map(_address, (ids, positions, rows, lengths, chosen)), len(ids), len(chosen))
+        tokens = _Tokens(*map(_begin, (ids, positions, rows, lengths, chosen)), len(ids), len(chosen))
         threads = 1 if len(ids) * self._weights < _SMALL else torch.get_num_threads()
         model, longest = ctypes.byref(self._model), max(lengths)
         room = torch.empty(self._library.llama_room(model, len(ids), longest, threads))
@@ -137,13 +137,12 @@ class CompiledStep:
         return logits_WV
 
 
-def _address(numbers: array[int]) -> int:
+def _begin(numbers: array[int]) -> int:
     return numbers.buffer_info()[0]
 
 
 def _weight(linear: Linear) -> _Weight:
-    bias = linear.bias_O
-    return _Weight(linear.weight.data_ptr(), None if bias is None else bias.data_ptr())
+    return _Weight(linear.weight.data_ptr(), address(linear.scales_O), address(linear.bias_O))
 
 
 def _layer(layer: LayerWeights) -> _Layer:
@@ -154,7 +153,7 @@ def _layer(layer: LayerWeights) -> _Layer:
         down=_weight(layer.down),
         attention_norm=layer.attention_norm.weight_C.data_ptr(),
         mlp_norm=layer.mlp_norm.weight_C.data_ptr(),
-        head_norm=None if layer.head_norm is None else layer.head_norm.data_ptr(),
+        head_norm=address(layer.head_norm),
     )
 
 

@@ -116,8 +116,9 @@ class LeanDecoder:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Self:
-        """Opens a model folder.
+    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> Self:
+        """Opens a model folder; with `int8`, for which there must be compiled kernels, its linear layers' weights are
+        rounded to that.
 
         Raises `ArtifactError` if files are missing or the architecture is another, `CorruptArtifactError` if
         a weights file cannot be read.
@@ -130,7 +131,7 @@ class LeanDecoder:
                 next_step="use the decoder `modules`, or `auto`",
             )  # fmt: skip
         shape = Shape.of(config)
-        weights = _Weights(_read_weights(folder), folder, dtype, device)
+        weights = _Weights(_read_weights(folder), folder, dtype, device, int8=int8)
         embedding = weights["model.embed_tokens"]
         tied = config.tie_word_embeddings
         return cls(
@@ -139,7 +140,7 @@ class LeanDecoder:
             embedding=None if tied else embedding,
             layers=[weights.layer(f"model.layers.{n}.", shape) for n in range(shape.layers)],
             norm=weights.norm("model.norm", shape),
-            head=Linear(embedding if tied else weights["lm_head"], None),
+            head=Linear(embedding if tied else weights["lm_head"], None, int8=int8),
             rotations_LD=_rotations(config, shape, device),
         )
 
@@ -232,11 +233,18 @@ class _Weights:
     """Tensors of a checkpoint by module name, fused and laid out for the forward pass."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype, device: torch.device
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        int8: bool,
     ) -> None:
         self._tensors = tensors
         self._folder = folder
         self._to: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._linear: dict[str, Any] = self._to | {"int8": int8}
 
     def __getitem__(self, module: str) -> torch.Tensor:
         """The weight of a module as it is in the file."""
@@ -253,10 +261,10 @@ class _Weights:
         query = self._interleaved(attention + "q_proj", shape.heads, shape.head_dim**-0.5 if head_norm is None else 1.0)
         key = self._interleaved(attention + "k_proj", shape.kv_heads, 1.0)
         return LayerWeights(
-            qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._to),
-            out=Linear.of([self._pair(attention + "o_proj")], **self._to),
-            gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._to),
-            down=Linear.of([self._pair(mlp + "down_proj")], **self._to),
+            qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._linear),
+            out=Linear.of([self._pair(attention + "o_proj")], **self._linear),
+            gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._linear),
+            down=Linear.of([self._pair(mlp + "down_proj")], **self._linear),
             attention_norm=self.norm(prefix + "input_layernorm", shape),
             mlp_norm=self.norm(prefix + "post_attention_layernorm", shape),
             head_norm=head_norm,

@@ -34,7 +34,7 @@ _SMALL = 1 << 18
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
 _SIGNATURES: dict[str, list[Any]] = {
     "panel_width": [],
-    "product": [_POINTER] * 4 + [_INT] * 5,
+    "product": [_POINTER] * 5 + [_INT] * 5,
     "attend": [_POINTER] * 9 + [_LONG] * 5 + [_INT] * 4 + [_FLOAT, _INT],
     "attention_room": [_LONG],
     "llama_room": [_POINTER, _INT, _LONG, _INT],
@@ -61,21 +61,31 @@ class Kernels:
         """Columns that lie side by side in a weight for `product`."""
 
     def product(
-        self, x: torch.Tensor, panels: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, *, add: bool
+        self,
+        x: torch.Tensor,
+        panels: torch.Tensor,
+        scales: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        add: bool,
     ) -> None:
         """`out` [N, O] becomes `x` [N, C] times a weight, plus the bias, or has that added.
 
         Args:
             x: contiguous.
-            panels: the weight, [ceil(O / panel), C, panel]; columns beyond O are not used.
+            panels: the weight, [ceil(O / panel), C, panel], fp32 or int8; columns beyond O are not used.
+            scales: what each column is to be multiplied by if the weight is int8, else None; as many as columns.
             bias: of as many columns as the weight, or None.
             out: contiguous.
             add: whether what `out` holds counts.
         """
         (rows, inner), cols = x.shape, out.shape[1]
         threads = 1 if rows * inner * cols < _SMALL else torch.get_num_threads()
-        offset = None if bias is None else bias.data_ptr()
-        self.library.product(x.data_ptr(), panels.data_ptr(), offset, out.data_ptr(), rows, inner, cols, add, threads)
+        self.library.product(
+            x.data_ptr(), panels.data_ptr(), address(scales), address(bias), out.data_ptr(), rows, inner, cols, add,
+            threads,
+        )  # fmt: skip
 
     def attend(
         self,
@@ -110,7 +120,7 @@ class Kernels:
         first = rows_N.new_empty(count + 1, dtype=torch.int32)
         self.library.attend(
             queries_NHD.data_ptr(), keys_RKLD.data_ptr(), values_RKLD.data_ptr(),
-            None if bias_HL is None else bias_HL.data_ptr(), room.data_ptr(), out_NX.data_ptr(), rows_N.data_ptr(),
+            address(bias_HL), room.data_ptr(), out_NX.data_ptr(), rows_N.data_ptr(),
             lengths_N.data_ptr(), first.data_ptr(), longest, queries_NHD.stride(0), keys_RKLD.stride(0),
             keys_RKLD.stride(1), 0 if bias_HL is None else bias_HL.stride(0), count, kv_heads, heads // kv_heads, size,
             scale, threads,
@@ -154,6 +164,11 @@ class Kernels:
         kind = get_args(Activation).index(name)
         self.library.activate(x_NX.data_ptr(), up, out_NI.data_ptr(), count, size, stride, kind)
         return out_NI
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers begin; None, which C takes for NULL, if there is none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _side_by_side(vectors_NHD: torch.Tensor) -> torch.Tensor:

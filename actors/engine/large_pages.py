@@ -24,22 +24,22 @@ _slab: mmap.mmap | None = None
 _used = 0
 
 
-def room(shape: Sequence[int]) -> torch.Tensor:
-    """An fp32 tensor for a weight, on the CPU; what it holds is undefined.
+def room(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor for a weight, on the CPU; what it holds is undefined.
 
     Its memory is given back with the last tensor of the slab that it lies in. Raises `MemoryError` if there is none.
     """
     count = math.prod(shape)
     if not hasattr(mmap, "MADV_HUGEPAGE") or count == 0:
-        return torch.empty(*shape)
-    size = -(-4 * count // _ALIGNMENT) * _ALIGNMENT
+        return torch.empty(*shape, dtype=dtype)
+    size = -(-dtype.itemsize * count // _ALIGNMENT) * _ALIGNMENT
     global _slab, _used
     with _lock:
         if _slab is None or _used + size > len(_slab):
             _slab, _used = _new_slab(max(size, _SLAB_BYTES)), 0
         slab, offset = _slab, _used
         _used += size
-    return torch.frombuffer(slab, dtype=torch.float32, count=count, offset=offset).view(*shape)
+    return torch.frombuffer(slab, dtype=dtype, count=count, offset=offset).view(*shape)
 
 
 def _new_slab(size: int) -> mmap.mmap:

@@ -23,11 +23,15 @@ from actors.engine.kernels import kernels_for
 class Linear:
     """A weight [O, C] and a bias, laid out for products with few rows."""
 
-    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, *, int8: bool = False) -> None:
+        """With `int8`, which the compiled kernels are needed for, weights are rounded to 255 steps of each output's own
+        size; the products stay fp32."""
         self.out_features = len(weight_OC)
         self.dtype, self.device = weight_OC.dtype, weight_OC.device
         self.bias_O = bias_O
         """As long as the weight is wide in the layout at hand."""
+        self.scales_O: torch.Tensor | None = None
+        """Of weights that are int8, likewise."""
         self._kernels = kernels_for(self.dtype, self.device)
         if self._kernels is None:
             # With few rows, twice as fast on a CPU as the layout of `nn.Linear`.
@@ -36,8 +40,11 @@ class Linear:
             beyond = -self.out_features % self._kernels.panel
             self.bias_O = None if bias_O is None else F.pad(bias_O, (0, beyond))
             padded_OC = F.pad(weight_OC, (0, 0, 0, beyond))
+            if int8:
+                self.scales_O = (padded_OC.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+                padded_OC = (padded_OC / self.scales_O[:, None]).round_()
             panels = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2)
-            self.weight = large_pages.room(panels.shape).copy_(panels)
+            self.weight = large_pages.room(panels.shape, torch.int8 if int8 else torch.float32).copy_(panels)
 
     @property
     def size(self) -> int:
@@ -46,14 +53,19 @@ class Linear:
 
     @classmethod
     def of(
-        cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], *, dtype: torch.dtype, device: torch.device
+        cls,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        int8: bool = False,
     ) -> Self:
         """Several layers of the same input side by side, each a weight [out, in] and a bias or none."""
         weight_OC = torch.cat([weight for weight, _ in parts]).to(dtype=dtype, device=device)
         if all(bias is None for _, bias in parts):
-            return cls(weight_OC, None)
+            return cls(weight_OC, None, int8=int8)
         biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-        return cls(weight_OC, torch.cat(biases).to(dtype=dtype, device=device))
+        return cls(weight_OC, torch.cat(biases).to(dtype=dtype, device=device), int8=int8)
 
     @classmethod
     def fused(cls, modules: Sequence[Any], scales: Sequence[float] = (), **to: Any) -> Self:
@@ -69,7 +81,7 @@ class Linear:
         if self._kernels is None:
             return x_NC @ self.weight if self.bias_O is None else torch.addmm(self.bias_O, x_NC, self.weight)
         out_NO = x_NC.new_empty(len(x_NC), self.out_features)
-        self._kernels.product(x_NC.contiguous(), self.weight, self.bias_O, out_NO, add=False)
+        self._kernels.product(x_NC.contiguous(), self.weight, self.scales_O, self.bias_O, out_NO, add=False)
         return out_NO
 
     def add_to(self, residual_NO: torch.Tensor, x_NC: torch.Tensor) -> None:
@@ -79,7 +91,7 @@ class Linear:
                 residual_NO.add_(self.bias_O)
             residual_NO.addmm_(x_NC, self.weight)
         else:
-            self._kernels.product(x_NC.contiguous(), self.weight, self.bias_O, residual_NO, add=True)
+            self._kernels.product(x_NC.contiguous(), self.weight, self.scales_O, self.bias_O, residual_NO, add=True)
 
     def rows(self, indices_N: torch.Tensor) -> torch.Tensor:
         """The weights [N, C] of some outputs: what an embedding looks up that is tied to its head."""
@@ -87,7 +99,7 @@ class Linear:
             return F.embedding(indices_N, self.weight.t())
         wide = self._kernels.panel
         found_NC: torch.Tensor = self.weight[indices_N // wide, :, indices_N % wide]
-        return found_NC
+        return found_NC if self.scales_O is None else found_NC * self.scales_O[indices_N, None]
 
 
 class RmsNorm:

@@ -8,10 +8,6 @@
 
 #include <stdlib.h>
 
-struct weight {
-    const float *panels, *bias; /* as a `product` has them; no bias is NULL */
-};
-
 struct layer {
     struct weight qkv, out, gate_up, down;
     const float *attention_norm, *mlp_norm;
@@ -79,9 +75,11 @@ static void embed_part(const void *of, int token, int seat)
     if (m->embedding)
         memcpy(to, m->embedding + id * m->hidden, m->hidden * sizeof(float));
     else {
-        const float *from = m->head.panels + id / WIDE * m->hidden * WIDE + id % WIDE;
+        const long from = id / WIDE * m->hidden * WIDE + id % WIDE;
+        const struct weight *w = &m->head;
         for (long c = 0; c < m->hidden; c++)
-            to[c] = from[c * WIDE];
+            to[c] = w->scales ? w->scales[id] * ((const signed char *)w->panels)[from + c * WIDE]
+                              : ((const float *)w->panels)[from + c * WIDE];
     }
 }
 
@@ -157,7 +155,7 @@ static struct product product_of(struct weight weight, const float *x, long x_st
                                  long out_stride, int cols, int rows, int add, int threads)
 {
     return (struct product){
-        x, weight.panels, weight.bias, out, x_stride, out_stride, rows, inner, cols, add,
+        x, weight, out, x_stride, out_stride, rows, inner, cols, add,
         parts_of_product(rows, inner, cols, threads),
     };
 }

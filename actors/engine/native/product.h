@@ -9,10 +9,18 @@
  * the other, so that it is read in the order in which it lies in memory. */
 #define WIDE (2 * LANES)
 
-/* out [rows, cols] = x [rows, inner] * weight, plus `bias` unless that is NULL, or with `add` that added to what `out`
- * holds. Of weight and bias there are columns up to a multiple of the panel's. Strides are from row to row. */
+/* Columns up to a multiple of the panel's. */
+struct weight {
+    const void *panels;  /* fp32, or with scales signed bytes */
+    const float *scales; /* what each column's bytes are to be multiplied by, or NULL */
+    const float *bias;   /* or NULL */
+};
+
+/* out [rows, cols] = x [rows, inner] * weight plus bias, or with `add` that added to what `out` holds. Strides are from
+ * row to row. */
 struct product {
-    const float *x, *weight, *bias;
+    const float *x;
+    struct weight weight;
     float *out;
     ptrdiff_t x_stride, out_stride;
     int rows, inner, cols, add;

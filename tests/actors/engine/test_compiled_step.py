@@ -35,9 +35,10 @@ def run(decoder: LeanDecoder, cuts: tuple[int, ...], *, others: int = 0) -> torc
     return torch.cat(found)
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits_are_the_same_to_the_last_bit_however_a_sequence_is_run(make_model, name: str) -> None:
-    decoder = LeanDecoder.load(make_model(**SHAPES[name]), dtype=torch.float32, device=CPU)
+def test_logits_are_the_same_to_the_last_bit_however_a_sequence_is_run(make_model, name: str, int8: bool) -> None:
+    decoder = LeanDecoder.load(make_model(**SHAPES[name]), dtype=torch.float32, device=CPU, int8=int8)
     whole = run(decoder, (0, len(TOKENS)))
     assert torch.equal(run(decoder, tuple(range(len(TOKENS) + 1))), whole)
     assert torch.equal(run(decoder, (0, 1, 18, 19, 37, 70), others=5), whole)
