@@ -33,7 +33,7 @@ from configs.errors import RequestError
 
 _MIXED_PREFILL_TOKENS = 10
 """Prompt tokens in a step beside those that each decoding sequence allows, on a CPU. A step of few rows costs what 7
-rows do, plus its rows: `kernels.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
+rows do, plus its rows: `product.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
 for 256 on one AVX2 core. The scheduler's share of 1.5 times that is the delay of one and a half steps."""
 
 _CPU_CACHE_BYTES = 4 << 30
