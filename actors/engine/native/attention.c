@@ -9,6 +9,9 @@
 /* Queries of a tile. */
 #define QUERIES 4
 
+/* Numbers of a cache line. */
+#define LINE 16
+
 #if LANES == 16
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
@@ -39,29 +42,42 @@ static inline __attribute__((always_inline)) vector dots(const int queries, cons
 #pragma GCC unroll 16
     for (int k = 0; k < count; k++)
         key[k] = keys + (k < left ? k : left - 1) * size;
-    for (int d = 0; d < size; d += LANES) {
+    int d = 0;
+    for (; d + LANES <= size; d += LANES) {
         vector part[QUERIES];
 #pragma GCC unroll 4
         for (int q = 0; q < queries; q++)
-            part[q] = next(query[q] + d, size - d, 0);
+            part[q] = *(const unaligned *)(query[q] + d);
 #pragma GCC unroll 16
         for (int k = 0; k < count; k++) {
-            const vector of_key = next(key[k] + d, size - d, 0);
+            const vector of_key = *(const unaligned *)(key[k] + d);
 #pragma GCC unroll 4
             for (int q = 0; q < queries; q++)
                 sums[q * count + k] += part[q] * of_key;
         }
+    }
+    if (d < size) {
+#pragma GCC unroll 16
+        for (int k = 0; k < count; k++)
+#pragma GCC unroll 4
+            for (int q = 0; q < queries; q++)
+                sums[q * count + k] += next(query[q] + d, size - d, 0) * next(key[k] + d, size - d, 0);
     }
     return sums_of(sums);
 }
 
 /* Scores of some queries with the first `length` keys; a query's lie `longest` apart. */
 static inline __attribute__((always_inline)) void scores(const int queries, const float *const *query,
-                                                         const float *keys, float *room, long longest, long length,
-                                                         int size, float scale)
+                                                         const float *keys, const float *values, float *room,
+                                                         long longest, long length, int size, float scale)
 {
     const int count = LANES / queries;
     for (long l = 0; l < length; l += count) {
+        /* The next keys, and the values that these keys' scores are for. */
+        for (long ahead = l * size; ahead < (l + count) * size; ahead += LINE) {
+            __builtin_prefetch(keys + count * size + ahead);
+            __builtin_prefetch(values + ahead);
+        }
         const lanes found = {dots(queries, query, keys + l * size, length - l, size) * scale};
         const long used = length - l < count ? length - l : count;
 #pragma GCC unroll 4
@@ -70,15 +86,21 @@ static inline __attribute__((always_inline)) void scores(const int queries, cons
     }
 }
 
-/* Makes scores of the first `length` positions weights, and of those up to `end` 0; the sum of the former. */
+/* Makes scores of the first `length` positions weights, and of those up to `end` 0; the sum of the former, which is no
+ * number if one of the scores is none. */
 static float weigh(float *weights, const float *bias, long length, long end)
 {
-    float highest = -INFINITY;
-    for (long l = 0; l < length; l++) {
-        weights[l] += bias ? bias[length - 1 - l] : 0;
-        /* A NaN becomes the highest and makes all weights NaN. */
-        highest = weights[l] <= highest ? highest : weights[l];
+    for (long l = 0; bias && l < length; l++)
+        weights[l] += bias[length - 1 - l];
+    lanes most = {(vector){0} - INFINITY};
+    for (long l = 0; l < length; l += LANES) {
+        const vector found = next(weights + l, length - l, -INFINITY);
+        const whole more = found > most.all;
+        most.all = (vector)(((whole)found & more) | ((whole)most.all & ~more));
     }
+    float highest = -INFINITY;
+    for (int lane = 0; lane < LANES; lane++)
+        highest = most.lanes[lane] > highest ? most.lanes[lane] : highest;
     lanes sums = {{0}};
     for (long l = 0; l < length; l += LANES) {
         const vector found = exp_of(next(weights + l, length - l, -INFINITY) - highest);
@@ -135,7 +157,7 @@ static inline __attribute__((always_inline)) void attend_queries(const int queri
         end = lengths[q] > end ? lengths[q] : end;
     }
     const long start = a->rows[first] * a->row_stride + head * a->head_stride;
-    scores(queries, query, a->keys + start, room, a->longest, end, a->size, a->scale);
+    scores(queries, query, a->keys + start, a->values + start, room, a->longest, end, a->size, a->scale);
     for (int q = 0; q < queries; q++)
         totals[q] = weigh(room + q * a->longest, bias[q], lengths[q], end);
     mix(queries, room, totals, a->longest, a->values + start, out, end, a->size);
