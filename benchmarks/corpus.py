@@ -8,7 +8,7 @@ worker against two (`workers`), the loader and memory.
 All of them read the same files, use the same tokenizer.json and the same number of processes, and the ids of every
 document are compared. The peers live in an environment of their own:
 
-    python3 -m venv peers && peers/bin/pip install datasets==5.2.0 'datatrove[processing]==0.10.1' spacy==3.8.18
+    python3 -m venv peers && peers/bin/pip install datasets==5.2.0 'datatrove[io,processing]==0.10.1' spacy==3.8.18
     python -m benchmarks.corpus --peers peers/bin/python       # or GANYMEDE_BENCHMARK_PEERS=peers/bin/python
 
 A full run keeps its results in `benchmarks/results/`.

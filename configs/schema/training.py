@@ -63,7 +63,10 @@ class TrainingConfig(Config):
     """Layers keep their inputs alone and run again in the backward pass: a third more arithmetic, much less memory."""
     log_every_steps: Annotated[int, Field(ge=1)] = 5
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
-    """Time between two durable checkpoints of a run."""
+    """Time between two durable checkpoints of a run, of which the newest two are kept until it ends."""
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints that are kept: the artifact holds the model as it was then as well, below
+    `checkpoints/`. null: none is."""
     workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
     """Data-parallel Ray Train workers; two numbers are the fewest and the most that the run goes on with as machines
     leave and come."""

@@ -89,7 +89,8 @@ def merge_parts(
     work.mkdir(exist_ok=True)
     (out / "shards").mkdir(parents=True, exist_ok=True)
     tally = Tally()
-    written: dict[Split, list[_Written]] = {split: [] for split in SPLITS}
+    records: dict[Split, dict[int, ShardRecord]] = {split: {} for split in SPLITS}
+    text_bytes = dict.fromkeys(SPLITS, 0)
     todo = (shard for split in SPLITS for shard in _shards(selection, split, shard_tokens, work))
     with ThreadPoolExecutor(_SYNCING_THREADS) as pool, run_bounded(_write, todo) as results:
         syncing = []
@@ -98,10 +99,15 @@ def merge_parts(
             shutil.move(result.path, out / result.record.path)
             syncing.append(pool.submit(sync_file, out / result.record.path))
             tally.merge(result.tally)
-            written[result.split].append(result)
+            records[result.split][result.number] = result.record
+            text_bytes[result.split] += result.text_bytes
         for synced in syncing:
             synced.result()
-    return {split: _record(shards) for split, shards in written.items()}, tally
+    splits = {
+        split: SplitRecord.of([shards[number] for number in sorted(shards)], text_bytes[split])
+        for split, shards in records.items()
+    }
+    return splits, tally
 
 
 def _shards(selection: Selection, split: Split, shard_tokens: int, folder: Path) -> Iterator[_Shard]:
@@ -139,8 +145,3 @@ def _write(shard: _Shard) -> _Written:
         ) from error
     text_bytes = int(np.sum(batch.column("size_bytes").to_numpy(), dtype=np.int64))
     return _Written(shard.split, shard.number, path, record, text_bytes, tally)
-
-
-def _record(shards: list[_Written]) -> SplitRecord:
-    ordered = sorted(shards, key=lambda shard: shard.number)
-    return SplitRecord.of([shard.record for shard in ordered], sum(shard.text_bytes for shard in ordered))

@@ -19,7 +19,7 @@ def render(report: TasksReport, rows: Mapping[tuple[str, str], Sequence[Row]]) -
     """The page; equal reports and rows give equal text."""
     items = [_shown(model, task, row) for (model, task), made in rows.items() for row in made]
     items.sort(key=lambda item: (item["error"] is None, item["goodness"], item["task"], item["item"], item["model"]))
-    data = json.dumps({"report": report.model_dump(mode="json"), "items": items}, ensure_ascii=False, sort_keys=True)
+    data = json.dumps({"report": report.model_dump(mode="json"), "items": items}, ensure_ascii=False)
     # Nothing in the data can end the element that holds it.
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     template = (resources.files("pipelines.evaluation") / "page.html").read_text("utf-8")

@@ -150,7 +150,7 @@ class Trainer:
                 clock.restart()
             if logs and self._ranks.rank == 0:
                 self._hooks.report({**figures, "time_ms": time.time_ns() // 1_000_000})
-            if stop or last or save:
+            if stop or last or save or self._checkpoints.is_kept(step + 1):
                 saving = time.perf_counter()
                 self._save(step + 1)
                 clock.stalled(time.perf_counter() - saving)

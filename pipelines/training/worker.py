@@ -73,7 +73,7 @@ def run(task: Task, ranks: Ranks, device: torch.device) -> None:
             task.config,
             hardware=hardware,
             ranks=ranks,
-            checkpoints=Checkpoints(task.work / CHECKPOINTS),
+            checkpoints=Checkpoints(task.work / CHECKPOINTS, every_steps=task.config.checkpoint_every_steps),
             hooks=Hooks(
                 report=metrics.append,
                 resumed=resumed,

@@ -199,7 +199,8 @@ def read_answers(folder: Path) -> list[dict]:
 
 @contextmanager
 def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -> Iterator[str]:
-    """A server on loopback that has one model; `answer` gives status and body for what is posted. `URL#name`."""
+    """A server on loopback that has one model; `answer` gives status and body for what is posted, `later`
+    with the word when to come back. `URL#name`."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
@@ -212,7 +213,7 @@ def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -
 
         def say(self, status: int, content: bytes) -> None:
             self.send_response(status)
-            if status == 429:
+            if content == b"later":
                 self.send_header("retry-after", "1")
             self.send_header("content-length", str(len(content)))
             self.end_headers()

@@ -178,7 +178,7 @@ def test_an_endpoint_that_says_when_to_come_back_is_asked_then(
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr("pipelines.evaluation.endpoints.time.sleep", waited.append)
-    answers = [(429, b"{}"), (500, b"oops"), (200, b'{"choices": [{"text": "yes", "finish_reason": "stop"}]}')]
+    answers = [(429, b"later"), (500, b"oops"), (200, b'{"choices": [{"text": "yes", "finish_reason": "stop"}]}')]
     with endpoint("m", lambda _: answers.pop(0)) as url:
         report, _ = run(world, tmp_path / "run", write_task(tmp_path, **words(1)), url)
     assert waited == [1.0, 1.0]  # as it said, then the second pause

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,7 @@ from tests.pipelines.training.test_supervised import world as trained_world
 from tests.serving.conftest import local_endpoint
 
 __all__ = ["trained_world"]
-QUESTIONS = [
-    {"text": f"def add_{n}(a, b):\n   ", "answers": [" return a + b", f" value = {n}", "\n\n\nclass Thing"]}
-    for n in range(6)
-]
+QUESTIONS = [{"text": f"def add_{n}", "answers": ["(a, b):", " value", f" = class Thing{n}"]} for n in range(6)]
 
 
 def asked(folder: Path, records: list[dict[str, Any]], models: dict[str, str], **task: Any) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def test_a_decoders_likelihoods(world: World, tmp_path: Path) -> None:
         models = {"engine": str(folder), "endpoint": f"{url}/v1#tiny"}
         found = asked(
             tmp_path / "asked", QUESTIONS, models, kind="multiple_choice", delimiter="", prompt="{text}",
-            choices="answers", answer=" return a + b",
+            choices="answers", answer="(a, b):",
         )  # fmt: skip
     (engine, rows), (endpoint, others) = found["engine"], found["endpoint"]
     assert [-value for row in rows for value in row.response.logprobs] == pytest.approx(nats, abs=1e-4)
@@ -88,8 +86,10 @@ def test_an_encoders_classes(trained_world: Path, tmp_path: Path) -> None:
     assert mean_nats(rows) == pytest.approx(summary["validation_loss"], abs=1e-4)
     with local_endpoint(folder) as url:
         said = httpx.post(f"{url}/v1/classify", json={"model": "tiny", "input": [r["text"] for r in records]}).json()
-    labels = [one["label"] for one in said["data"]]
-    assert labels == [row.prediction for row in rows]
+    for one, row in zip(said["data"], rows, strict=True):
+        assert one["label"] == row.prediction
+        scores = dict(zip(one["labels"], one["probs"], strict=True))
+        assert [math.log(scores[c]) for c in row.choices] == pytest.approx(row.response.logprobs, abs=1e-4)
 
 
 def mean_nats(rows: list[Row]) -> float:
