@@ -36,7 +36,7 @@ from configs.schema.generation import Sampling
 ROOT = Path(__file__).parents[1]
 PROMPT, NEW = 72, 64
 CONCURRENCY = (1, 8, 32)
-REQUESTS = {1: 6, 8: 24, 32: 96}
+REQUESTS = {1: 6, 8: 24, 32: 64}
 """Of a closed loop, by concurrency."""
 IDLE_STREAMS = 1000
 MOST_AT_ONCE = 32
