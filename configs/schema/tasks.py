@@ -12,9 +12,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from configs.schema.base import Config
 from configs.schema.generation import MAX_STOPS
 
-Kind = Literal["language_modelling", "multiple_choice", "classification", "entities", "generation", "code"]
+Kind = Literal[
+    "language_modelling", "multiple_choice", "preference", "classification", "entities", "generation", "code"
+]
 Metric = Literal[
-    "perplexity", "word_perplexity", "bits_per_byte", "acc", "acc_norm", "accuracy", "macro_f1", "ece",
+    "perplexity", "word_perplexity", "bits_per_byte", "acc", "acc_norm", "preferred", "preferred_norm", "accuracy",
+    "macro_f1", "ece",
     "span_precision", "span_recall", "span_f1", "exact_match", "squad_exact", "squad_f1", "number_match", "bleu",
     "chrf", "rouge1", "rouge2", "rouge_l", "pass@1", "pass@5", "pass@10", "pass@100",
 ]  # fmt: skip
@@ -22,6 +25,7 @@ Metric = Literal[
 METRICS_OF: Mapping[Kind, tuple[Metric, ...]] = {
     "language_modelling": ("perplexity", "word_perplexity", "bits_per_byte"),
     "multiple_choice": ("acc", "acc_norm", "ece"),
+    "preference": ("preferred", "preferred_norm"),
     "classification": ("accuracy", "macro_f1", "ece"),
     "entities": ("span_f1", "span_precision", "span_recall"),
     "generation": (
@@ -37,7 +41,7 @@ def _split(value: Any) -> Any:
     """A path alone is a split whose records are all taken; fields by name are files of lines."""
     if isinstance(value, str):
         return {"path": value}
-    if isinstance(value, dict) and "path" not in value and not set(value) & {"between", "share"}:
+    if isinstance(value, dict) and "path" not in value and not set(value) & {"between", "share", "where", "by_file"}:
         return {"path": value}
     return value
 
@@ -53,14 +57,20 @@ class Split(Config):
     share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 1.0)
     """Only records whose place by the hash of their content, from 0 to 1, is within these bounds, the upper one
     excluded: one file gives two splits that have nothing in common."""
+    by_file: str | None = None
+    """Of format `functions`, a salt: `share` is of whole files, by the hash that splits a corpus with this salt."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Only records whose field is this text."""
 
 
 class TaskData(Config):
     """Records with fields."""
 
-    format: Literal["jsonl", "json", "tsv", "conll", "parquet", "lines", "text"]
+    format: Literal["jsonl", "json", "tsv", "conll", "parquet", "lines", "text", "functions"]
     """`conll`: sentences between blank lines give fields `words`, `tags` and `text`. `lines`: a line is the field
-    `text`. `text`: a file is one document, the field `text`. A file that ends in .gz is decompressed first."""
+    `text`. `text`: a file is one document, the field `text`. `functions`: Python source; documented functions give
+    records as the stage `instructions` makes them, with fields `task` (`summary` or `signature`), `prompt` and
+    `completion`, each in one split alone. A file that ends in .gz is decompressed first."""
     evaluation: Annotated[Split, BeforeValidator(_split)]
     """What is scored."""
     train: Annotated[Split, BeforeValidator(_split)] | None = None
@@ -88,6 +98,10 @@ class TaskData(Config):
         for split in (self.evaluation, self.train):
             if split is not None and isinstance(split.path, dict) and self.format != "lines":
                 raise ValueError(f"a file for each field is for format lines, not {self.format}")
+            if split is not None and (split.by_file is not None) != (self.format == "functions"):
+                raise ValueError(
+                    "by_file, the salt that splits files, goes with format functions: give both or neither"
+                )
         return self
 
 
@@ -119,9 +133,9 @@ class Task(Config):
     description: str
     kind: Kind
     """`language_modelling`: how likely texts are. `multiple_choice`: the likeliest of some continuations.
-    `classification`: one of the same classes for every text, by likelihood, in words, or from an encoder's head.
-    `entities`: a tag for each word, by an encoder. `generation`: answers compared with references. `code`: programs
-    that are run."""
+    `preference`: whether the answer that people like more is likelier than the other one. `classification`: one of the
+    same classes for every text, by likelihood, in words, or from an encoder's head. `entities`: a tag for each word, by
+    an encoder. `generation`: answers compared with references. `code`: programs that are run."""
     data: TaskData
     instruction: str = ""
     """What stands once, before examples and prompt."""
@@ -134,7 +148,9 @@ class Task(Config):
     choices: tuple[str, ...] | str = ()
     """Answers to choose from: templates, or the name of the field that holds a list of them."""
     answer: str | None = None
-    """Template of the right answer; of choices, the text of one."""
+    """Template of the right answer; of choices, the text of one; of kind `preference`, what is liked more."""
+    rejected: str | None = None
+    """Of kind `preference`, template of the answer that is liked less."""
     label: str | None = None
     """Name of the field with the number of the right choice, from 0, instead of `answer`."""
     references: str | None = None
@@ -178,11 +194,18 @@ class Task(Config):
             raise ValueError("classes are the same for every item: give choices as a list of plain texts")
         if chooses and (self.answer is None) == (self.label is None):
             raise ValueError(f"kind {self.kind} needs answer, the text of the right choice, or label, a field's name")
+        prefers = self.kind == "preference"
+        if prefers != (self.rejected is not None) or (prefers and self.answer is None):
+            raise ValueError(
+                "kind preference needs answer and rejected, the templates of what is liked more and less"
+                if prefers
+                else "rejected is for kind preference"
+            )
         if not chooses and self.label is not None:
             raise ValueError("label is the number of a choice: give answer")
         if self.kind == "generation" and self.answer is None and self.references is None:
             raise ValueError("kind generation needs answer, the template of what is right")
-        if chooses and self.references is not None:
+        if (chooses or prefers) and self.references is not None:
             raise ValueError("references are for kind generation; of choices one is right: give answer")
         if self.kind == "entities" and self.data.format != "conll":
             raise ValueError("kind entities reads words and tags: set data.format to conll")
@@ -192,7 +215,7 @@ class Task(Config):
             raise ValueError(f"{', '.join(short)} needs more answers to a prompt: answering.samples is {samples}")
         if samples > 1 and self.kind != "code":
             raise ValueError("answering.samples is for kind code: of other kinds one answer is scored")
-        for name in ("prompt", "answer", *(["choices"] if isinstance(self.choices, tuple) else [])):
+        for name in ("prompt", "answer", "rejected", *(["choices"] if isinstance(self.choices, tuple) else [])):
             value = getattr(self, name)
             for template in [value] if isinstance(value, str) else value or ():
                 try:

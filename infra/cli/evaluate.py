@@ -36,7 +36,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="URL", help="OpenAI-compatible endpoint: http://127.0.0.1:8000/v1. Key: $OPENAI_API_KEY."),
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask prompts as a user of the chat template.")] = False,
+    parallel: Annotated[int, typer.Option(min=1, max=256, help="Requests in flight to the endpoint.")] = 8,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in conversations, by the chat template; examples are turns.")
+    ] = False,
     replicas: Annotated[
         int, typer.Option(min=1, help="Copies of the model that share the items, in processes of the Ray cluster.")
     ] = 1,
@@ -51,9 +54,10 @@ def evaluate(
     """Scores a model on tasks. What a killed run asked is not asked again. Example: ganymede evaluate demo@champion
     --task sst2 --shots 4.
 
-    Packaged tasks: dialogsum, gsm8k, instructions, mbpp, multi30k_fr_en, sst2, squad, wikitext2, wnut17. Their data is
-    found below $GANYMEDE_DATA. A report is published as report/evaluate-MODEL@N with report.json, report.html (every
-    item, the worst first) and answers.parquet.
+    Packaged tasks: demo_signatures and demo_summaries, which need no data; dialogsum, gsm8k, hh_helpful, instructions,
+    mbpp, multi30k_fr_en, preferences, squad, sst2, wikitext2 and wnut17, whose data is found below $GANYMEDE_DATA. A
+    report is published as report/evaluate-MODEL@N with report.json, scores.png, report.html (every item, errors and
+    the worst first) and answers.parquet.
     """
     home = state_home()
     route_logs(home)
@@ -61,7 +65,7 @@ def evaluate(
 
     label, reference = _reference(model, endpoint, home)
     stage = {"kind": "tasks", "models": {label: reference}, "tasks": task, "shots": shots, "limit": limit, "chat": chat,
-             "seed": seed, "replicas": replicas, "price_per_hour": price_per_hour}  # fmt: skip
+             "seed": seed, "replicas": replicas, "parallel": parallel, "price_per_hour": price_per_hour}  # fmt: skip
     with ray_session(home) if replicas > 1 else nullcontext():
         outcome = run_alone(_PROJECT, label, stage, home, tracker)
     artifact = ArtifactStore(home / "artifacts").get(str(outcome.ref))

@@ -1,14 +1,15 @@
 """Asks a model every item of a task once, and keeps each answer on disk as soon as its group is through.
 
 The groups follow from the items alone, and a run that was killed goes on with those that have no answers yet. What is
-kept is a row for each item: what was
-asked, what was said, and what it adds to the sums of every metric.
+kept is a row for each item: what was asked, what was said, and what it adds to the sums of every metric. Examples that
+a model's window has no room for are left out, whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from os import cpu_count
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from actors.sandbox import Outcome, run_program
 from actors.store.artifacts import write_durably
 from configs.errors import DataError
 from configs.schema.tasks import Task, fill
-from pipelines.evaluation.items import Item, full_prompt
-from pipelines.evaluation.responses import Responder, Response
+from pipelines.evaluation.items import Item, full_messages, full_prompt
+from pipelines.evaluation.responses import Prompt, Responder, Response
 from pipelines.evaluation.scoring import Vectors, goodness, prediction, vectors
+from pipelines.evaluation.threads import at_once
 
 GROUP = 128
-"""Items that are asked together, and lost together if the run is killed."""
+"""Items that a model of ours is asked together, and that are lost together if the run is killed: how answers round
+depends on what is computed beside them. Behind an endpoint every item is a group."""
 
 
 class Row(BaseModel):
@@ -39,6 +42,8 @@ class Row(BaseModel):
     """All of it, instruction and examples included."""
     sampling: str
     """JSON; empty where nothing was generated."""
+    examples: int = 0
+    """How many stood in the prompt."""
     choices: tuple[str, ...]
     references: tuple[str, ...]
     response: Response
@@ -52,7 +57,7 @@ class Row(BaseModel):
 
 _SCHEMA = pa.schema(
     [
-        ("item", pa.string()), ("prompt", pa.string()), ("sampling", pa.string()),
+        ("item", pa.string()), ("prompt", pa.string()), ("sampling", pa.string()), ("examples", pa.int64()),
         ("choices", pa.list_(pa.string())), ("references", pa.list_(pa.string())),
         (
             "response",
@@ -83,32 +88,32 @@ def ask(
     ask_groups: AskGroups,
     kept: Path,
     progress: Callable[[Sequence[Row]], None],
+    *,
+    group: int | None = None,
 ) -> list[Row]:
     """A row for each item, in their order; rows that `kept` holds already are not asked for again.
 
     Args:
-        ask_groups: `in_turn` of a model in this process or behind an endpoint, or a `Pool`.
-        progress: told the rows so far, after every group.
+        ask_groups: `in_turn` of a model in this process, a `Pool`, or `each_alone` of an endpoint.
+        progress: told what was kept already, then the rows of every group.
+        group: items that are asked together; `GROUP` unless set.
 
     Raises:
         ConfigError: the model cannot do the task.
         DataError: a program's template names a field that an item lacks.
     """
     kept.mkdir(parents=True, exist_ok=True)
-    groups = {start: items[start : start + GROUP] for start in range(0, len(items), GROUP)}
+    size = group or GROUP
+    groups = {start: items[start : start + size] for start in range(0, len(items), size)}
     parts = {start: kept / f"{start:08d}.parquet" for start in groups}
     rows = {start: read_rows(part) for start, part in parts.items() if part.exists()}
-
-    def done() -> list[Row]:
-        return [row for start in groups for row in rows.get(start, ())]
-
-    progress(done())
-    missing = [(start, group) for start, group in groups.items() if start not in rows]
+    progress([row for found in rows.values() for row in found])
+    missing = [(start, asked) for start, asked in groups.items() if start not in rows]
     for start, made in ask_groups(task, missing, examples):
         write_durably(parts[start], _encoded(made))
         rows[start] = made
-        progress(done())
-    return done()
+        progress(made)
+    return [row for start in groups for row in rows[start]]
 
 
 def in_turn(responder: Responder) -> AskGroups:
@@ -117,6 +122,18 @@ def in_turn(responder: Responder) -> AskGroups:
     def ask_groups(task: Task, groups: Groups, examples: Sequence[Item]) -> Iterator[tuple[int, list[Row]]]:
         for number, group in groups:
             yield number, ask_group(task, group, examples, responder)
+
+    return ask_groups
+
+
+def each_alone(responder: Responder, threads: int) -> AskGroups:
+    """Asks a model that is elsewhere some groups at a time, each in a thread of its own."""
+
+    def ask_groups(task: Task, groups: Groups, examples: Sequence[Item]) -> Iterator[tuple[int, list[Row]]]:
+        asked = list(groups)
+        calls = [partial(ask_group, task, group, examples, responder) for _, group in asked]
+        for place, made in at_once(calls, threads):
+            yield asked[place][0], made
 
     return ask_groups
 
@@ -154,23 +171,19 @@ def _table(rows: Sequence[Row]) -> Any:
 
 def ask_group(task: Task, items: Sequence[Item], examples: Sequence[Item], responder: Responder) -> list[Row]:
     """The rows of items that are asked together; raises as `ask` does."""
-    if task.kind == "language_modelling":
-        prompts = [item.prompt for item in items]
-    elif responder.reads_only or task.kind == "entities":
-        prompts = [str(item.fields.get("text", item.prompt)) for item in items]
-    else:
-        prompts = [full_prompt(task, item, examples) for item in items]
+    prompts, counts = _prompts(task, items, examples, responder)
     responses = _responses(task, items, prompts, responder)
     outcomes = _run_programs(task, items, responses) if task.kind == "code" else [[] for _ in items]
     sampling = task.answering.model_dump_json() if task.generates and not responder.reads_only else ""
     rows = []
-    for item, prompt, response, ended in zip(items, prompts, responses, outcomes, strict=True):
+    for item, prompt, count, response, ended in zip(items, prompts, counts, responses, outcomes, strict=True):
         found = vectors(task, item, response, [outcome.status == "passed" for outcome in ended])
         rows.append(
             Row(
                 item=item.id,
-                prompt=prompt,
+                prompt=_as_text(prompt),
                 sampling=sampling,
+                examples=count,
                 choices=item.choices,
                 references=item.references or ((" ".join(item.fields["tags"]),) if task.kind == "entities" else ()),
                 response=response,
@@ -183,17 +196,58 @@ def ask_group(task: Task, items: Sequence[Item], examples: Sequence[Item], respo
     return rows
 
 
-def _responses(task: Task, items: Sequence[Item], prompts: Sequence[str], responder: Responder) -> list[Response]:
+def _prompts(
+    task: Task, items: Sequence[Item], examples: Sequence[Item], responder: Responder
+) -> tuple[list[Prompt], list[int]]:
+    """What is asked of each item, and how many of the examples have room in it."""
     if task.kind == "language_modelling":
-        return responder.documents(prompts, task.stride)
+        return [item.prompt for item in items], [0] * len(items)
+    if responder.reads_only or task.kind == "entities":
+        return [str(item.fields.get("text", item.prompt)) for item in items], [0] * len(items)
+    found = [_fitted(task, item, examples, responder) for item in items]
+    return [prompt for prompt, _ in found], [count for _, count in found]
+
+
+def _fitted(task: Task, item: Item, examples: Sequence[Item], responder: Responder) -> tuple[Prompt, int]:
+    """The prompt with as many of the last examples as fit; without any if none does."""
+    answers = task.answering.max_new_tokens if task.generates else _continuations(task, item, responder)
+    for left_out in range(len(examples)):
+        prompt = _prompt(task, item, examples[left_out:], responder)
+        if responder.fits(prompt, answers):
+            return prompt, len(examples) - left_out
+    return _prompt(task, item, (), responder), 0
+
+
+def _prompt(task: Task, item: Item, examples: Sequence[Item], responder: Responder) -> Prompt:
+    return full_messages(task, item, examples) if responder.talks else full_prompt(task, item, examples)
+
+
+def _continuations(task: Task, item: Item, responder: Responder) -> list[str]:
+    """The choices as they follow a prompt: in conversations nothing stands between them."""
+    return [("" if responder.talks else task.delimiter) + choice for choice in item.choices]
+
+
+def _as_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _responses(task: Task, items: Sequence[Item], prompts: Sequence[Prompt], responder: Responder) -> list[Response]:
+    texts = [_as_text(prompt) for prompt in prompts]
+    if task.kind == "language_modelling":
+        return responder.documents(texts, task.stride)
     if task.kind == "entities":
         return responder.tag([item.fields["words"] for item in items])
     if task.kind == "classification" and responder.reads_only:
-        return responder.classify(prompts, items[0].choices)
+        return responder.classify(texts, items[0].choices)
     if task.generates:
         return responder.generate(prompts, task.answering)
-    continuations = [[task.delimiter + choice for choice in item.choices] for item in items]
-    return responder.likelihoods(list(zip(prompts, continuations, strict=True)))
+    return responder.likelihoods(
+        [(prompt, _continuations(task, item, responder)) for prompt, item in zip(prompts, items, strict=True)]
+    )
 
 
 def _run_programs(task: Task, items: Sequence[Item], responses: Sequence[Response]) -> list[list[Outcome]]:

@@ -1,16 +1,16 @@
 """A model behind an OpenAI-compatible endpoint as a responder.
 
 Requests that are refused for want of room (429), fail (5xx), get no answer or garbage are sent again, with longer and
-longer pauses; what fails to the end is an item without an answer, which counts as wrong. A refusal that would meet
-every request (no such model, no permission) ends the evaluation.
+longer pauses, or when the endpoint says (`Retry-After`); what fails to the end is an item without an answer, which
+counts as wrong. A refusal that would meet every request (no such model, no permission) ends the evaluation.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -19,23 +19,27 @@ import httpx
 from configs.artifacts import hash_json
 from configs.errors import ConfigError, EngineError
 from configs.schema.tasks import Answering
-from pipelines.evaluation.responses import Response
+from pipelines.evaluation.responses import Prompt, Response
+from pipelines.evaluation.threads import at_once
 
 KEY = "OPENAI_API_KEY"
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.5
+_LONGEST_WAIT_SECONDS = 60.0
 _TIMEOUT_SECONDS = 300.0
 _AGAIN = {408, 409, 429, 500, 502, 503, 504}
 
 
 class Endpoint:
-    """A model of an endpoint; see `Responder` for what it answers. Nothing is sent before the first question."""
+    """A model of an endpoint; see `Responder` for what it answers. Nothing is sent before the first question, and never
+    more than `parallel` requests at once, whoever asks."""
 
     def __init__(self, url: str, model: str, *, chat: bool, parallel: int) -> None:
         self._url = url.rstrip("/")
         self._model = model
         self._chat = chat
         self._parallel = parallel
+        self._room = threading.BoundedSemaphore(parallel)
         headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
         self._client = httpx.Client(timeout=_TIMEOUT_SECONDS, headers=headers)
 
@@ -43,6 +47,15 @@ class Endpoint:
     def reads_only(self) -> bool:
         """Never: what stands behind an endpoint answers in words."""
         return False
+
+    @property
+    def talks(self) -> bool:
+        """Whether it is asked by `/chat/completions`."""
+        return self._chat
+
+    def fits(self, prompt: Prompt, answers: Sequence[str] | int) -> bool:
+        """Always: only the endpoint can tell, and refuses what does not fit."""
+        return True
 
     def facts(self) -> dict[str, Any]:
         """Address, and what the endpoint says of the model.
@@ -61,10 +74,8 @@ class Endpoint:
             )  # fmt: skip
         return {"runner": "endpoint", "endpoint": self._url, "digest": hash_json(mine), "model": mine}
 
-    def likelihoods(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Response]:
+    def likelihoods(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Response]:
         """See `Responder`; by `/completions` that echo what they were given and say how likely it was."""
-        if self._chat:
-            raise self._not_able("likelihoods of conversations")
         pairs = [(n, prompt, text) for n, (prompt, texts) in enumerate(asked) for text in texts]
         answers = self._all([partial(self._likelihood, prompt, text) for _, prompt, text in pairs])
         found = []
@@ -81,7 +92,7 @@ class Endpoint:
         """Raises `ConfigError`: where a window ends in a text only the model's tokenizer tells."""
         raise self._not_able("the model's tokenizer")
 
-    def generate(self, prompts: Sequence[str], answering: Answering) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], answering: Answering) -> list[Response]:
         """See `Responder`."""
         calls = [
             partial(self._generated, prompt, answering, sample)
@@ -107,10 +118,10 @@ class Endpoint:
         )  # fmt: skip
 
     def _all(self, calls: Sequence[Callable[[], Response]]) -> list[Response]:
-        with ThreadPoolExecutor(self._parallel) as pool:
-            return list(pool.map(lambda call: call(), calls))
+        made = dict(at_once(calls, self._parallel))
+        return [made[number] for number in range(len(calls))]
 
-    def _generated(self, prompt: str, answering: Answering, sample: int) -> Response:
+    def _generated(self, prompt: Prompt, answering: Answering, sample: int) -> Response:
         body: dict[str, Any] = {
             "model": self._model,
             "max_tokens": answering.max_new_tokens,
@@ -119,14 +130,13 @@ class Endpoint:
         }
         if answering.stop:
             body["stop"] = list(answering.stop)
-        if self._chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
-        else:
-            body["prompt"] = prompt
+        talks = not isinstance(prompt, str)
+        body["messages" if talks else "prompt"] = prompt
 
         def read(answer: dict[str, Any]) -> Response:
             choice = answer["choices"][0]
-            text = choice["message"]["content"] if self._chat else choice["text"]
+            # A model that refuses may say so in a field of its own, without a content.
+            text = choice["message"]["content"] or choice["message"].get("refusal") if talks else choice["text"]
             usage = answer.get("usage") or {}
             return Response(
                 texts=(text or "",),
@@ -135,9 +145,11 @@ class Endpoint:
                 finish_reason=str(choice.get("finish_reason")),
             )
 
-        return self._answer("/chat/completions" if self._chat else "/completions", body, read)
+        return self._answer("/chat/completions" if talks else "/completions", body, read)
 
-    def _likelihood(self, prompt: str, continuation: str) -> Response:
+    def _likelihood(self, prompt: Prompt, continuation: str) -> Response:
+        if not isinstance(prompt, str):
+            raise self._not_able("likelihoods of conversations")
         kept = prompt.rstrip()
         body = {
             "model": self._model, "prompt": prompt + continuation, "max_tokens": 0, "echo": True, "logprobs": 0,
@@ -167,17 +179,20 @@ class Endpoint:
             ConfigError: the endpoint refuses for a reason that another attempt does not mend.
             EngineError: no attempt got an answer.
         """
-        problem = ""
+        problem, wait_seconds = "", 0.0
         for attempt in range(_ATTEMPTS):
             if attempt:
-                time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+                time.sleep(max(wait_seconds, _FIRST_PAUSE_SECONDS * 2 ** (attempt - 1)))
+            wait_seconds = 0.0
             try:
-                answer = self._client.request(method, f"{self._url}{path}", json=body)
+                with self._room:
+                    answer = self._client.request(method, f"{self._url}{path}", json=body)
                 if answer.status_code == httpx.codes.OK:
                     value: dict[str, Any] = answer.json()
                     read(value)
                     return value
                 problem = f"HTTP {answer.status_code}: {answer.text[:200]}"
+                wait_seconds = _asked_to_wait(answer)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
@@ -192,6 +207,12 @@ class Endpoint:
                     next_step=f"check the address, the model's name and ${KEY}",
                 )  # fmt: skip
         raise EngineError(f"{self._url}{path} gave no answer", received=problem, next_step="see the endpoint's log")
+
+
+def _asked_to_wait(answer: httpx.Response) -> float:
+    """Seconds by `Retry-After`, within reason."""
+    asked = answer.headers.get("retry-after", "")
+    return min(float(asked), _LONGEST_WAIT_SECONDS) if asked.isdecimal() else 0.0
 
 
 def _joined(answers: Sequence[Response]) -> Response:

@@ -13,10 +13,13 @@ import io
 import itertools
 import json
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -24,9 +27,11 @@ import pyarrow.parquet as pq
 
 from configs.artifacts import hash_json
 from configs.errors import DataError
+from configs.prompts import Message
 from configs.schema.corpus import SourceConfig
 from configs.schema.tasks import Split, Task, TaskData, fill, look_up
-from pipelines.corpus.sources import Listing, list_source
+from pipelines.corpus.sources import STDLIB, Listing, hash_fraction, list_source
+from pipelines.evaluation.functions import read_functions
 
 SplitName = Literal["evaluation", "train"]
 Record = dict[str, Any]
@@ -64,6 +69,11 @@ def task_digest(task: Task, *splits: SplitName) -> str:
     return hash_json([content, [_split_digest(task.data, split) for split in splits]])
 
 
+def template_digest(task: Task) -> str:
+    """Digest of what makes prompts of records: equal templates make equal prompts of equal records."""
+    return hash_json(task.model_dump(include={"instruction", "prompt", "delimiter", "separator"}))[:16]
+
+
 def _split_digest(data: TaskData, split: SplitName) -> str:
     digests = {name: _listing(data, source).digest for name, source in _sources(data, split).items()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
@@ -98,6 +108,11 @@ def load_items(task: Task, split: SplitName = "evaluation") -> list[Item]:
     return items
 
 
+def content_key(item: Item) -> str:
+    """What an item asks, as far as it matters: whatever its case, width and spaces."""
+    return " ".join(unicodedata.normalize("NFKC", item.prompt).casefold().split())
+
+
 def longest_text(item: Item) -> str:
     """The longest text of an item's record: what it is known by among training examples."""
     return max((value for value in item.fields.values() if isinstance(value, str)), key=len, default="")
@@ -109,6 +124,20 @@ def full_prompt(task: Task, item: Item, examples: Sequence[Item] = ()) -> str:
     return task.separator.join([*([task.instruction] if task.instruction else []), *shown, item.prompt])
 
 
+def full_messages(task: Task, item: Item, examples: Sequence[Item] = ()) -> list[Message]:
+    """What a model that talks reads: each example as a user's and an assistant's message, the item as the last user's;
+    the instruction at the beginning of the first."""
+    turns = [
+        {"role": role, "content": content}
+        for example in examples
+        for role, content in (("user", example.prompt), ("assistant", example.answer))
+    ]
+    turns.append({"role": "user", "content": item.prompt})
+    if task.instruction:
+        turns[0]["content"] = task.instruction + task.separator + turns[0]["content"]
+    return turns
+
+
 def _item(task: Task, name: str, record: Record) -> Item:
     choices: tuple[str, ...] = ()
     if isinstance(task.choices, str):
@@ -118,6 +147,9 @@ def _item(task: Task, name: str, record: Record) -> Item:
     references: tuple[str, ...] = ()
     if task.answer is not None:
         references = (fill(task.answer, record),)
+    if task.rejected is not None:
+        choices = (*references, fill(task.rejected, record))
+        return Item(name, record, fill(task.prompt, record), choices, 0, references)
     if task.references is not None:
         found = tuple(str(reference) for reference in look_up(task.references, record))
         references = tuple(dict.fromkeys((*references, *found)))
@@ -158,14 +190,18 @@ def _sources(data: TaskData, split: SplitName) -> dict[str, SourceConfig]:
     """The files of a split, by the field that their lines are; one without a name where records have all fields."""
     path = _split_of(data, split).path
     paths = {"": path} if isinstance(path, str) else path
-    return {field: SourceConfig(path=place, exclude=()) for field, place in paths.items()}
+    # Of the standard library what the demo reads of it, of a folder everything.
+    return {
+        field: SourceConfig(path=place) if place == STDLIB else SourceConfig(path=place, exclude=())
+        for field, place in paths.items()
+    }
 
 
 def _records(data: TaskData, split: SplitName) -> Iterator[tuple[Record, str]]:
     """The records of a split, and the digest of each."""
     config = _split_of(data, split)
-    low, high = config.share
-    columns = {field: list(_read(data, source)) for field, source in _sources(data, split).items()}
+    low, high = config.share if config.by_file is None else (0.0, 1.0)
+    columns = {field: list(_read(data, source, config)) for field, source in _sources(data, split).items()}
     if len({len(column) for column in columns.values()}) > 1:
         raise DataError(
             f"the files of data.{split} do not belong together",
@@ -175,6 +211,8 @@ def _records(data: TaskData, split: SplitName) -> Iterator[tuple[Record, str]]:
     for parts in zip(*columns.values(), strict=True):
         record = parts[0] if "" in columns else {f: part["text"] for f, part in zip(columns, parts, strict=True)}
         if not all(_within(record, field, *bounds) for field, bounds in config.between.items()):
+            continue
+        if not all(_is(record, field, text) for field, text in config.where.items()):
             continue
         content = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
         digest = hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()
@@ -193,6 +231,15 @@ def _within(record: Record, field: str, low: float, high: float) -> bool:
         ) from None
 
 
+def _is(record: Record, field: str, text: str) -> bool:
+    try:
+        return str(look_up(field, record)) == text
+    except KeyError:
+        raise DataError(
+            "where: a record has no such field", received=field, allowed=", ".join(sorted(record))
+        ) from None
+
+
 def _listing(data: TaskData, source: SourceConfig) -> Listing:
     try:
         return list_source(source)
@@ -203,8 +250,15 @@ def _listing(data: TaskData, source: SourceConfig) -> Listing:
         ) from error  # fmt: skip
 
 
-def _read(data: TaskData, source: SourceConfig) -> Iterator[Record]:
+def _read(data: TaskData, source: SourceConfig, split: Split) -> Iterator[Record]:
     listing = _listing(data, source)
+    if data.format == "functions":
+        low, high = split.share
+        inside = [low <= hash_fraction(split.by_file or "", file.blake3) < high for file in listing.files]
+        part = map(listing.read, compress(listing.files, inside))
+        others = map(listing.read, compress(listing.files, map(not_, inside)))
+        yield from read_functions(part, others)
+        return
     for file in listing.files:
         content = listing.read(file)
         try:

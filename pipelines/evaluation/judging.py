@@ -105,7 +105,7 @@ def judge_pairs(
         if first != second
         for a, b in ((first, second), (second, first))
     ]
-    responses = iter(judge.generate(prompts, answering))
+    responses = iter(judge.generate([[{"role": "user", "content": prompt}] for prompt in prompts], answering))
     found = []
     for (row, _), both in zip(pairs, shown, strict=True):
         if both[0] == both[1]:

@@ -2,7 +2,8 @@
 
 Log-likelihoods follow the conventions of lm-eval's `hf` models: prompt and continuation are encoded together, blanks
 at the end of the prompt counting as the continuation's; nothing is put before a prompt but, where it is empty and
-before documents, the token that begins or else ends texts; what is too long loses its beginning.
+before documents, the token that begins or else ends texts; what is too long loses its beginning. In conversations an
+answer is encoded by itself, as the model would write it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from actors.store.artifacts import model_digest
 from configs.errors import ConfigError, ContractError, EngineError
 from configs.schema.generation import Sampling
 from configs.schema.tasks import Answering
-from pipelines.evaluation.responses import Response
+from pipelines.evaluation.responses import Prompt, Response
 
 _ROWS_AT_ONCE = 64
 _PREFILL_TOKENS = 1024
@@ -42,7 +43,7 @@ class LocalModel:
 
     @classmethod
     def load(cls, folder: Path, *, max_sequences: int, chat: bool) -> LocalModel:
-        """Opens a model folder; with `chat`, prompts are what a user says under the model's chat template.
+        """Opens a model folder; with `chat`, it is asked in conversations, under its chat template.
 
         Raises:
             ArtifactError: it is no model that can be run.
@@ -76,28 +77,41 @@ class LocalModel:
             "window": self._engine.context_length,
         }
 
-    def likelihoods(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Response]:
+    @property
+    def talks(self) -> bool:
+        """Whether it was opened for conversations."""
+        return self._chat
+
+    def fits(self, prompt: Prompt, answers: Sequence[str] | int) -> bool:
+        """See `Responder`."""
+        engine = self._engine
+        if isinstance(answers, int):
+            beside = 0 if isinstance(engine, Seq2SeqEngine) else answers
+            return len(self._prompt_ids(prompt)) + beside <= engine.context_length
+        return all(sum(map(len, self._pair(prompt, answer))) <= engine.context_length + 1 for answer in answers)
+
+    def likelihoods(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Response]:
         """See `Responder`. Raises `ConfigError` for a model that continues no texts."""
         engine = self._decoder("likelihoods")
         window = engine.context_length
         rows: list[tuple[list[int], int]] = []
-        owners: list[int] = []
+        owners: list[tuple[int, int]] = []
         cut: set[int] = set()
+        prompts = [0] * len(asked)
         for number, (prompt, continuations) in enumerate(asked):
-            for continuation in continuations:
+            for choice, continuation in enumerate(continuations):
                 before, after = self._pair(prompt, continuation)
                 if len(before) + len(after) > window + 1:
                     cut.add(number)
-                rows.append(((before + after)[-(window + 1) :], len(after)))
-                owners.append(number)
-        nats = self._sum_nats(engine, rows)
-        found: list[list[float]] = [[] for _ in asked]
+                parts = windows([*before, *after], len(before), window, window)
+                prompts[number] = max(prompts[number], *(len(row) - count for row, count in parts))
+                rows += parts
+                owners += [(number, choice)] * len(parts)
+        found = [[0.0] * len(continuations) for _, continuations in asked]
         tokens = [0] * len(asked)
-        prompts = [0] * len(asked)
-        for owner, (row, count), value in zip(owners, rows, nats, strict=True):
-            found[owner].append(-value)
-            tokens[owner] += count
-            prompts[owner] = max(prompts[owner], len(row) - count)
+        for (number, choice), (_, count), nats in zip(owners, rows, self._sum_nats(engine, rows), strict=True):
+            found[number][choice] -= nats
+            tokens[number] += count
         return [
             Response(logprobs=tuple(one), tokens=tokens[n], prompt_tokens=prompts[n], truncated=n in cut)
             for n, one in enumerate(found)
@@ -106,6 +120,11 @@ class LocalModel:
     def documents(self, texts: Sequence[str], stride: int | None) -> list[Response]:
         """See `Responder`. Raises `ConfigError` for a model that continues no texts, or a stride beyond its window."""
         engine = self._decoder("likelihoods of documents")
+        if self._chat:
+            raise ConfigError(
+                "likelihoods of documents are asked of texts, not of conversations", received="chat",
+                allowed="tasks whose items are answered", next_step="leave --chat out",
+            )  # fmt: skip
         step = engine.context_length if stride is None else stride
         if step > engine.context_length:
             raise ConfigError(
@@ -115,7 +134,7 @@ class LocalModel:
         owners: list[int] = []
         encoded = [engine.text.encode(text) for text in texts]
         for number, ids in enumerate(encoded):
-            parts = windows(ids, self._first_token(engine), engine.context_length, step)
+            parts = windows([self._first_token(engine), *ids], 1, engine.context_length, step)
             rows += parts
             owners += [number] * len(parts)
         totals = [0.0] * len(texts)
@@ -123,27 +142,24 @@ class LocalModel:
             totals[owner] -= value
         return [Response(logprobs=(totals[n],), tokens=len(ids)) for n, ids in enumerate(encoded)]
 
-    def generate(self, prompts: Sequence[str], answering: Answering) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], answering: Answering) -> list[Response]:
         """See `Responder`. Raises `ConfigError` for an encoder, `RequestError` if a chat template refuses a prompt."""
         engine = self._engine
         if isinstance(engine, EncoderEngine):
             raise self._not_able("answers in words")
-        sampling = Sampling(
-            max_new_tokens=answering.max_new_tokens, temperature=answering.temperature, stop=answering.stop,
-            seed=answering.seed,
-        )  # fmt: skip
         requests: list[Request] = []
         cut: list[bool] = []
         for number, prompt in enumerate(prompts):
             ids = self._prompt_ids(prompt)
             if isinstance(engine, Seq2SeqEngine):
-                room = engine.context_length
-                kept, asked = tuple(ids[:room]), sampling
+                kept, new_tokens = ids[: engine.context_length], answering.max_new_tokens
             else:
-                room = max(1, engine.context_length - answering.max_new_tokens)
-                kept, asked = tuple(ids[-room:]), sampling
-            cut.append(len(ids) > room)
-            requests += Request(str(number), kept, asked).choices(answering.samples)
+                kept, new_tokens = shared_out(ids, answering.max_new_tokens, engine.context_length)
+            sampling = Sampling(
+                max_new_tokens=new_tokens, temperature=answering.temperature, stop=answering.stop, seed=answering.seed
+            )
+            cut.append(len(kept) < len(ids))
+            requests += Request(str(number), tuple(kept), sampling).choices(answering.samples)
         completions = engine.generate(requests)
         per = answering.samples
         return [_generated(completions[n * per : (n + 1) * per], truncated=cut[n]) for n in range(len(prompts))]
@@ -172,11 +188,6 @@ class LocalModel:
     def _decoder(self, what: str) -> Engine:
         if not isinstance(self._engine, Engine):
             raise self._not_able(what)
-        if self._chat:
-            raise ConfigError(
-                f"{what} are asked of texts, not of conversations", received="chat",
-                allowed="tasks whose answers are generated", next_step="leave --chat out",
-            )  # fmt: skip
         return self._engine
 
     def _encoder(self, task: str) -> EncoderEngine:
@@ -192,16 +203,18 @@ class LocalModel:
             next_step="evaluate another model, or another task",
         )
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
         text = self._engine.text
-        if self._chat:
-            return text.render_chat([{"role": "user", "content": prompt}])
+        if not isinstance(prompt, str):
+            return text.render_chat(prompt)
         if isinstance(self._engine, Seq2SeqEngine):
             return list(text.encode_input(prompt).token_ids)
         return text.encode(prompt) or [self._first_token(self._engine)]
 
-    def _pair(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    def _pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
         text = self._engine.text
+        if not isinstance(prompt, str):
+            return text.render_chat(prompt), text.encode(continuation)
         blanks = len(prompt) - len(prompt.rstrip())
         if blanks:
             prompt, continuation = prompt[:-blanks], prompt[-blanks:] + continuation
@@ -241,22 +254,30 @@ class LocalModel:
         return totals
 
 
-def windows(ids: Sequence[int], first: int, window: int, stride: int) -> list[tuple[list[int], int]]:
-    """Rows that together predict every token once: tokens, and how many of the last of them are predicted.
+def windows(ids: Sequence[int], known: int, window: int, stride: int) -> list[tuple[list[int], int]]:
+    """Rows that together predict every token of `ids` from number `known` (at least 1) on once: tokens, and how many of
+    the last of them are predicted.
 
-    The first row begins with the token `first`; each further one predicts `stride` tokens, with as many before them as
-    fit; so does the last, however few are left.
+    The first row predicts up to `window` tokens, each further one `stride`, with as many before them as fit; so does
+    the last, however few are left.
     """
     rows = []
-    done = 0
+    done = known
     while done < len(ids):
-        count = min(window if done == 0 else stride, len(ids) - done)
-        end = done + count
-        begin = end - window - 1
-        row = [first, *ids[:end]] if begin < 0 else list(ids[begin:end])
-        rows.append((row, count))
+        end = min(done + (window if done == known else stride), len(ids))
+        rows.append((list(ids[max(0, end - window - 1) : end]), end - done))
         done = end
     return rows
+
+
+def shared_out(ids: list[int], new_tokens: int, window: int) -> tuple[list[int], int]:
+    """What is kept of a prompt, and how long its answer may become, where both together are longer than the window.
+
+    The answer has its room and the prompt loses its beginning; but never more than to half the window for the sake of
+    an answer that would take more than the other half.
+    """
+    room = min(new_tokens, max(window - len(ids), window // 2))
+    return ids[-(window - room) :], room
 
 
 def _generated(completions: Sequence[Completion], *, truncated: bool) -> Response:

@@ -1,4 +1,5 @@
-"""A report as one HTML page that needs nothing else: the scores, and every item with its answer, the worst first."""
+"""A report as one HTML page that needs nothing else: the scores, and every item with its answer, errors
+first, then the worst."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ _SHOWN_CHARS = 2000
 def render(report: TasksReport, rows: Mapping[tuple[str, str], Sequence[Row]]) -> str:
     """The page; equal reports and rows give equal text."""
     items = [_shown(model, task, row) for (model, task), made in rows.items() for row in made]
-    items.sort(key=lambda item: (item["goodness"], item["task"], item["item"], item["model"]))
-    data = json.dumps({"report": report.model_dump(mode="json"), "items": items}, ensure_ascii=False, sort_keys=True)
+    items.sort(key=lambda item: (item["error"] is None, item["goodness"], item["task"], item["item"], item["model"]))
+    data = json.dumps({"report": report.model_dump(mode="json"), "items": items}, ensure_ascii=False)
     # Nothing in the data can end the element that holds it.
     safe = data.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     template = (resources.files("pipelines.evaluation") / "page.html").read_text("utf-8")

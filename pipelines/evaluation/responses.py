@@ -7,7 +7,11 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
+from configs.prompts import Message
 from configs.schema.tasks import Answering
+
+Prompt = str | list[Message]
+"""A text to continue, or a conversation whose next message is the answer."""
 
 
 class Response(BaseModel):
@@ -38,7 +42,17 @@ class Responder(Protocol):
         """What the report says of it: what runs it, its digest, its precision, its text contract."""
         ...
 
-    def likelihoods(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[Response]:
+    @property
+    def talks(self) -> bool:
+        """Whether it is asked in conversations."""
+        ...
+
+    def fits(self, prompt: Prompt, answers: Sequence[str] | int) -> bool:
+        """Whether a prompt leaves room in the window for each of some answers, or for one of so many tokens; True where
+        only the model's own side can tell."""
+        ...
+
+    def likelihoods(self, asked: Sequence[tuple[Prompt, Sequence[str]]]) -> list[Response]:
         """How likely each of some continuations is after a prompt."""
         ...
 
@@ -46,7 +60,7 @@ class Responder(Protocol):
         """How likely whole texts are, read in a window that moves by `stride` tokens."""
         ...
 
-    def generate(self, prompts: Sequence[str], answering: Answering) -> list[Response]:
+    def generate(self, prompts: Sequence[Prompt], answering: Answering) -> list[Response]:
         """Answers in words."""
         ...
 

@@ -29,6 +29,8 @@ Vectors = dict[str, list[float]]
 """By metric, what one item adds to its sum."""
 
 LOWER_IS_BETTER: frozenset[str] = frozenset({"perplexity", "word_perplexity", "bits_per_byte", "ece"})
+OF_HUNDRED: frozenset[str] = frozenset({"squad_exact", "squad_f1", "bleu", "chrf", "rouge1", "rouge2", "rouge_l"})
+"""Scores that are published from 0 to 100; the others are shares, or have no highest."""
 ECE_BINS = 15
 """Bins of equal width (Guo et al., "On Calibration of Modern Neural Networks", 2017)."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -41,6 +43,8 @@ def vectors(task: Task, item: Item, response: Response, passed: Sequence[bool] =
         found = _of_text(item, response)
     elif task.kind in ("multiple_choice", "classification"):
         found = _of_choice(task, item, response)
+    elif task.kind == "preference":
+        found = _of_preference(item, response)
     elif task.kind == "entities":
         found = _of_tags(item, response)
     elif task.kind == "code":
@@ -53,7 +57,7 @@ def vectors(task: Task, item: Item, response: Response, passed: Sequence[bool] =
 
 def prediction(task: Task, item: Item, response: Response) -> str:
     """What the model answered, in words."""
-    if task.kind in ("multiple_choice", "classification"):
+    if task.kind in ("multiple_choice", "preference", "classification"):
         chosen = chosen_class(task, item, response)
         return "" if chosen is None else item.choices[chosen]
     if task.kind == "entities":
@@ -155,6 +159,16 @@ def _of_choice(task: Task, item: Item, response: Response) -> Vectors:
     if not right and item.label is not None:
         counts[item.label][2] += 1
     return {**found, "macro_f1": [count for each in counts for count in each]}
+
+
+def _of_preference(item: Item, response: Response) -> Vectors:
+    """1 if the first answer is the likelier one, a half if both are as likely, 0 if there is no answer."""
+    if not response.logprobs:
+        return {"preferred": [0.0, 1.0], "preferred_norm": [0.0, 1.0]}
+    whole = np.asarray(response.logprobs)
+    by_byte = whole / [max(1, len(choice.encode())) for choice in item.choices]
+    shares = {"preferred": whole, "preferred_norm": by_byte}
+    return {metric: [float(np.sign(liked - other) + 1) / 2, 1.0] for metric, (liked, other) in shares.items()}
 
 
 def _of_tags(item: Item, response: Response) -> Vectors:
@@ -261,6 +275,8 @@ _SIGNATURES: Mapping[str, str] = {
     "bits_per_byte": "bits for each byte of UTF-8",
     "acc": "share of items whose right choice is the likeliest",
     "acc_norm": "the same, likelihoods divided by bytes of the choice (lm-eval's acc_bytes)",
+    "preferred": "share of pairs whose answer that people like more is the likelier one, a tie being half",
+    "preferred_norm": "the same, likelihoods divided by bytes of the answer",
     "accuracy": "share of items with the right class",
     "macro_f1": "F1 averaged over classes (scikit-learn's)",
     "ece": f"expected calibration error, {ECE_BINS} bins of equal width",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from configs.schema.tasks import Kind, Task
 from pipelines.evaluation.asking import Row
+from pipelines.evaluation.items import template_digest
 from pipelines.evaluation.resampling import Estimate, estimate
 from pipelines.evaluation.scoring import combine, signature, stack
 from pipelines.evaluation.stored_report import Record, StoredReport
@@ -27,7 +28,10 @@ class TaskFacts(Record):
     """Items that were asked: all, or the limit."""
     examples: tuple[str, ...]
     """Ids of the examples before each prompt."""
+    template: str
+    """Digest of the task's template: instruction, prompt and what stands between the parts."""
     chat: bool
+    """Whether it was asked through the chat template, whose digest is in each model's text contract."""
     metrics: dict[str, str]
     """How each score is made, the headline first."""
 
@@ -38,6 +42,10 @@ class Scores(Record):
     scores: dict[str, Estimate]
     failed: int
     """Items without an answer; they count as wrong."""
+    fewer_examples: int
+    """Items with fewer examples than asked for, as the window had no room for more."""
+    examples_shown: float
+    """Mean over the items."""
     truncated: int
     """Items whose prompt lost its beginning, as it was longer than the window."""
     unfinished: int
@@ -58,27 +66,43 @@ class TasksReport(StoredReport):
     """Models by task."""
 
     made_by: ClassVar[str] = "`ganymede evaluate` or a stage of kind tasks"
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     tasks: dict[str, TaskFacts]
     models: dict[str, ModelReport]
 
 
-def scores(task: Task, rows: Sequence[Row], lineage: Mapping[str, str]) -> Scores:
-    """The scores of at least one row, with intervals."""
+def scores(task: Task, rows: Sequence[Row], lineage: Mapping[str, str], examples: int) -> Scores:
+    """The scores of at least one row, with intervals; `examples` were to be shown to each."""
     found = [row.vectors for row in rows]
     return Scores(
         scores={metric: estimate(stack(found, metric), combine(metric)) for metric in task.scores},
         failed=sum(row.response.error is not None for row in rows),
+        fewer_examples=sum(row.examples < examples for row in rows),
+        examples_shown=round(sum(row.examples for row in rows) / len(rows), 4),
         truncated=sum(row.response.truncated for row in rows),
         unfinished=sum(row.response.finish_reason == "length" for row in rows),
         lineage=dict(lineage),
     )
 
 
-def running_score(task: Task, rows: Sequence[Row]) -> float:
+class RunningScore:
     """The headline score of the rows so far."""
-    metric = task.scores[0]
-    return combine(metric)(stack([row.vectors for row in rows], metric).sum(0))
+
+    def __init__(self, task: Task) -> None:
+        self.items = 0
+        self._metric = task.scores[0]
+        self._total: Any = 0.0
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Counts more rows in."""
+        if rows:
+            self.items += len(rows)
+            self._total = self._total + stack([row.vectors for row in rows], self._metric).sum(0)
+
+    @property
+    def score(self) -> float:
+        """Of at least one row."""
+        return combine(self._metric)(self._total)
 
 
 def task_facts(task: Task, digest: str, *, items: int, asked: int, examples: Sequence[str], chat: bool) -> TaskFacts:
@@ -90,6 +114,7 @@ def task_facts(task: Task, digest: str, *, items: int, asked: int, examples: Seq
         items=items,
         asked=asked,
         examples=tuple(examples),
+        template=template_digest(task),
         chat=chat,
         metrics={metric: signature(metric) for metric in task.scores},
     )

@@ -24,7 +24,7 @@ from configs.schema.tasks import Task
 from pipelines.evaluation.items import Item
 from pipelines.evaluation.responses import Response
 from pipelines.evaluation.scoring import Vectors, prediction, vectors
-from pipelines.prompting.examples import Chooser, fit_prompt
+from pipelines.prompting.examples import Chooser, FittedPrompt, TooLongError, fit_prompt
 
 GROUP = 256
 """Items that are asked together, and lost together if the sweep is killed."""
@@ -78,7 +78,8 @@ def ask_way(
     kept: Path,
     progress: Callable[[Sequence[Answer]], None],
 ) -> list[Answer]:
-    """An answer for each item, in their order; what `kept` holds already is not asked again.
+    """An answer for each item, in their order; what `kept` holds already is not asked again. An item that does not fit
+    the model's window with room for its answer is not asked, and counts as one without an answer.
 
     Args:
         engine: with nothing in flight.
@@ -86,7 +87,7 @@ def ask_way(
         progress: told the answers so far, after every group.
 
     Raises:
-        RequestError: an item does not fit the model's window, or the model has no chat template.
+        RequestError: the model has no chat template.
         DataError: a record lacks a field of the template.
     """
     kept.mkdir(parents=True, exist_ok=True)
@@ -104,20 +105,28 @@ def ask_way(
 
 
 def _ask_group(engine: Engine, task: Task, items: Sequence[Item], way: Way, chooser: Chooser | None) -> list[Answer]:
-    requests, shown = [], []
-    for number, item in enumerate(items):
-        sampling = sampling_of(task, item, way)
-        prompt = fit_prompt(
-            engine.text, way.template, item, () if chooser is None else chooser.choose(item, way.shots), chat=way.chat,
-            room=engine.context_length - sampling.max_new_tokens,
-        )  # fmt: skip
-        requests.append(Request(str(number), prompt.token_ids, sampling))
-        shown.append([example.id for example in prompt.examples])
-    completions = engine.generate(requests)
-    return [
-        _answer(task, item, way, engine.text.decode(request.prompt_ids), examples, completion)
-        for item, request, examples, completion in zip(items, requests, shown, completions, strict=True)
+    fitted = [_fit(engine, task, item, way, chooser) for item in items]
+    requests = [
+        Request(str(number), prompt.token_ids, sampling_of(task, items[number], way))
+        for number, prompt in enumerate(fitted)
+        if isinstance(prompt, FittedPrompt)
     ]
+    completions = iter(engine.generate(requests))
+    return [
+        _answer(task, item, way, engine.text.decode(prompt.token_ids), prompt, next(completions))
+        if isinstance(prompt, FittedPrompt)
+        else _unasked(task, item, prompt)
+        for item, prompt in zip(items, fitted, strict=True)
+    ]
+
+
+def _fit(engine: Engine, task: Task, item: Item, way: Way, chooser: Chooser | None) -> FittedPrompt | TooLongError:
+    room = engine.context_length - sampling_of(task, item, way).max_new_tokens
+    examples = () if chooser is None else chooser.choose(item, way.shots)
+    try:
+        return fit_prompt(engine.text, way.template, item, examples, chat=way.chat, room=room)
+    except TooLongError as error:
+        return error
 
 
 def sampling_of(task: Task, item: Item, way: Way) -> Sampling:
@@ -139,7 +148,7 @@ def sampling_of(task: Task, item: Item, way: Way) -> Sampling:
     return Sampling(max_new_tokens=answering.max_new_tokens, stop=tuple(dict.fromkeys(stops)), **drawing)
 
 
-def _answer(task: Task, item: Item, way: Way, prompt: str, examples: Sequence[str], completion: Completion) -> Answer:
+def _answer(task: Task, item: Item, way: Way, prompt: str, fitted: FittedPrompt, completion: Completion) -> Answer:
     words = tuple(word_for(way.template, choice) for choice in item.choices)
     error = None if completion.error is None else str(completion.error)
     response = Response(texts=() if error else (completion.text,), error=error)
@@ -149,7 +158,7 @@ def _answer(task: Task, item: Item, way: Way, prompt: str, examples: Sequence[st
     return Answer(
         item=item.id,
         prompt=prompt,
-        examples=tuple(examples),
+        examples=tuple(example.id for example in fitted.examples),
         text=completion.text,
         prediction=back.get(said, said),
         references=item.references,
@@ -159,4 +168,21 @@ def _answer(task: Task, item: Item, way: Way, prompt: str, examples: Sequence[st
         tokens=len(completion.token_ids),
         error=error,
         vectors=vectors(task, renamed, response),
+    )
+
+
+def _unasked(task: Task, item: Item, error: TooLongError) -> Answer:
+    return Answer(
+        item=item.id,
+        prompt=item.prompt,
+        examples=(),
+        text="",
+        prediction="",
+        references=item.references,
+        finish_reason="error",
+        prompt_tokens=0,
+        cached_tokens=0,
+        tokens=0,
+        error=str(error),
+        vectors=vectors(task, item, Response(error=str(error))),
     )

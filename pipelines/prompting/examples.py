@@ -8,7 +8,6 @@ among the k + 1; the item and the room for its answer are never cut, examples ar
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
@@ -21,7 +20,7 @@ from actors.text import Text
 from configs.errors import ConfigError, DataError, RequestError
 from configs.prompts import Example, render_completion, render_messages
 from configs.schema.prompting import ExampleSelection, PromptTemplate
-from pipelines.evaluation.items import Item
+from pipelines.evaluation.items import Item, content_key
 
 Embed = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 """Vectors of length 1 [text, dimension] of some texts."""
@@ -56,11 +55,6 @@ class Pool:
                 allowed="records apart from data.evaluation", next_step="give the task another data.train",
             )  # fmt: skip
         return cls(tuple(kept), len(train) - len(kept))
-
-
-def content_key(item: Item) -> str:
-    """What an item asks, as far as it matters."""
-    return " ".join(unicodedata.normalize("NFKC", item.prompt).casefold().split())
 
 
 class Chooser:
@@ -118,6 +112,10 @@ class Chooser:
         return sorted(items, key=lambda item: hashlib.sha256(f"{self._selection.seed} {item.id}".encode()).digest())
 
 
+class TooLongError(RequestError):
+    """An item and the room for its answer are longer than the window."""
+
+
 @dataclass(frozen=True)
 class FittedPrompt:
     """A prompt that leaves room for its answer."""
@@ -141,7 +139,7 @@ def fit_prompt(
     """A prompt of at most `room` tokens; the first examples, which stand farthest from the item, go first.
 
     Raises:
-        RequestError: the item does not fit without any example.
+        TooLongError: the item does not fit without any example.
         DataError: a record lacks a field of the template.
     """
     for left_out in range(len(examples) + 1):
@@ -152,7 +150,7 @@ def fit_prompt(
             ids = text.encode(render_completion(template, item.fields, shown))
         if len(ids) <= room:
             return FittedPrompt(tuple(ids), tuple(shown), len(examples))
-    raise RequestError(
+    raise TooLongError(
         f"item {item.id} and its answer do not fit the model's window without any example", param="prompt",
         received=f"{len(ids)} tokens", allowed=f"at most {room}, with the answer's room left",
         next_step="lower answering.max_new_tokens of the task, or take a model with a longer window",

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pipelines.evaluation.resampling import Difference, Estimate
+from pipelines.evaluation.scoring import OF_HUNDRED
 from pipelines.evaluation.stored_report import Record, StoredReport
-
-_OF_HUNDRED = ("squad_exact", "squad_f1", "bleu", "chrf", "rouge1", "rouge2", "rouge_l")
-"""Metrics that are published from 0 to 100; the others are shares."""
 
 Advice = Literal["prompt", "fine-tune", "measure more", "set a target"]
 
@@ -77,7 +75,7 @@ class SweepReport(StoredReport):
 
     def points(self, score: float) -> float:
         """A score, or a difference of two, from 0 to 100."""
-        return score if self.metric in _OF_HUNDRED else 100 * score
+        return score if self.metric in OF_HUNDRED else 100 * score
 
 
 class Recommendation(Record):

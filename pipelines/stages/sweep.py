@@ -70,7 +70,7 @@ class SweepStage:
 
     kind: ClassVar[str] = "sweep"
     artifact_kind: ClassVar[str | None] = "report"
-    code_version: ClassVar[int] = 1
+    code_version: ClassVar[int] = 2
 
     def sources(self, config: SweepConfig) -> Mapping[str, str]:
         """Digests of the task with its data, of the templates, and of the models that are no artifacts.
@@ -96,7 +96,7 @@ class SweepStage:
         Raises:
             ConfigError: a model or the task cannot be prompted.
             DataError: a model learned from the task's items, or there are no examples.
-            RequestError: an item does not fit a model's window.
+            RequestError: a model has no chat template.
         """
         sweep = _prepare(config)
         folders = _folders(config, inputs, context, sweep)

@@ -15,21 +15,22 @@ from configs.errors import ConfigError, DataError
 from configs.load import load_task
 from configs.schema.evaluation import TasksConfig, is_endpoint, stands_alone
 from configs.schema.tasks import Task
-from pipelines.evaluation.asking import AskGroups, Row, ask, in_turn, write_rows
+from pipelines.evaluation.asking import AskGroups, Row, ask, each_alone, in_turn, write_rows
 from pipelines.evaluation.endpoints import Endpoint
-from pipelines.evaluation.items import Item, SplitName, load_items, task_digest
+from pipelines.evaluation.items import Item, SplitName, content_key, load_items, task_digest
 from pipelines.evaluation.lineage import check_items
 from pipelines.evaluation.local_models import LocalModel
 from pipelines.evaluation.page import render
 from pipelines.evaluation.stored_report import REPORT
+from pipelines.evaluation.task_picture import PICTURE, task_picture
 from pipelines.evaluation.task_report import (
     ANSWERS,
     PAGE,
     ModelReport,
+    RunningScore,
     Scores,
     TaskFacts,
     TasksReport,
-    running_score,
     scores,
     task_facts,
 )
@@ -47,11 +48,11 @@ class _Asked:
 
 
 class TasksStage:
-    """Publishes report.json, report.html and answers.parquet (every prompt, answer and score)."""
+    """Publishes report.json, report.html, scores.png and answers.parquet (every prompt, answer and score)."""
 
     kind: ClassVar[str] = "tasks"
     artifact_kind: ClassVar[str | None] = "report"
-    code_version: ClassVar[int] = 2
+    code_version: ClassVar[int] = 3
 
     def sources(self, config: TasksConfig) -> Mapping[str, str]:
         """Digests of the tasks with their data, and of the models that are no artifacts.
@@ -90,8 +91,9 @@ class TasksStage:
             results: dict[str, Scores] = {}
             with _opened(config, label, artifacts[label]) as (ask_groups, facts):
                 for name, one in asked.items():
-                    rows[label, name], speeds[f"{label}/{name}"] = _ask(ask_groups, label, name, one, context)
-                    results[name] = scores(one.task, rows[label, name], known[label, name])
+                    group = 1 if is_endpoint(config.models[label]) else None
+                    rows[label, name], speeds[f"{label}/{name}"] = _ask(ask_groups, label, name, one, context, group)
+                    results[name] = scores(one.task, rows[label, name], known[label, name], len(one.examples))
                 models[label] = ModelReport(facts=facts(), tasks=results)
         if config.price_per_hour is not None:
             for speed in speeds.values():
@@ -99,9 +101,10 @@ class TasksStage:
                     speed["cost_per_1000_items"] = round(config.price_per_hour / 3.6 / speed["items_per_second"], 4)
         report = TasksReport(tasks={name: one.facts for name, one in asked.items()}, models=models)
         report.save(context.out)
+        (context.out / PICTURE).write_bytes(task_picture(report))
         (context.out / PAGE).write_text(render(report, rows), encoding="utf-8")
         write_rows(context.out / ANSWERS, rows)
-        _track(report, rows, context)
+        _track(report, rows, speeds, context)
         return {
             "models": {label: _figures(model) for label, model in models.items()},
             "speed": speeds,
@@ -140,7 +143,7 @@ def _asked(task: Task, config: TasksConfig) -> _Asked:
 
 
 def _examples(task: Task, scored: Sequence[Item], config: TasksConfig) -> list[Item]:
-    """Examples of the training split, drawn with the seed; none has the prompt of an item that is scored."""
+    """Examples of the training split, drawn with the seed; none asks what an item asks that is scored."""
     if not config.shots or task.kind in ("language_modelling", "entities"):
         return []
     if not scored[0].references:
@@ -148,8 +151,8 @@ def _examples(task: Task, scored: Sequence[Item], config: TasksConfig) -> list[I
             "examples are shown with their answers, and the task says of none", received=f"{config.shots} shots",
             allowed="a task with answer", next_step="add answer to the task's file, or ask for no shots",
         )  # fmt: skip
-    prompts = {item.prompt for item in scored}
-    found = sorted((i for i in load_items(task, "train") if i.prompt not in prompts), key=lambda item: item.id)
+    asked = {content_key(item) for item in scored}
+    found = sorted((i for i in load_items(task, "train") if content_key(i) not in asked), key=lambda item: item.id)
     if len(found) < config.shots:
         raise DataError(
             "the training split has too few examples", received=len(found), allowed=f"at least {config.shots}",
@@ -171,7 +174,7 @@ def _opened(
     model = config.models[label]
     if artifact is None and is_endpoint(model):
         endpoint = _endpoint(model, config)
-        yield in_turn(endpoint), endpoint.facts
+        yield each_alone(endpoint, config.parallel), endpoint.facts
         return
     folder = Path(model).expanduser().absolute() if artifact is None else artifact.path
     if config.replicas == 1:
@@ -185,21 +188,23 @@ def _opened(
 
 
 def _ask(
-    ask_groups: AskGroups, label: str, name: str, asked: _Asked, context: StageContext
+    ask_groups: AskGroups, label: str, name: str, asked: _Asked, context: StageContext, group: int | None
 ) -> tuple[list[Row], dict[str, float]]:
     began = time.monotonic()
-    before: list[int] = []
+    running = RunningScore(asked.task)
+    kept_already: list[int] = []
 
     def progress(rows: Sequence[Row]) -> None:
         context.check_lease()
-        figures = {"score": running_score(asked.task, rows)} if rows else {}
-        before.append(len(rows))
-        context.progress(Progress(len(rows), len(asked.items), f"items of {name}", figures))
+        running.add(rows)
+        kept_already.append(running.items)
+        figures = {"score": running.score} if running.items else {}
+        context.progress(Progress(running.items, len(asked.items), f"items of {name}", figures))
 
     kept = context.work / "answers" / label / name
-    rows = ask(asked.task, asked.items, asked.examples, ask_groups, kept, progress)
+    rows = ask(asked.task, asked.items, asked.examples, ask_groups, kept, progress, group=group)
     seconds = time.monotonic() - began
-    new = len(rows) - before[0]
+    new = len(rows) - kept_already[0]
     return rows, {
         "asked_now": new,
         "items_per_second": round(new / max(seconds, 1e-9), 2),
@@ -212,7 +217,12 @@ def _figures(model: ModelReport) -> dict[str, dict[str, float]]:
     return {name: {metric: s.value for metric, s in one.scores.items()} for name, one in model.tasks.items()}
 
 
-def _track(report: TasksReport, rows: Mapping[tuple[str, str], Sequence[Row]], context: StageContext) -> None:
+def _track(
+    report: TasksReport,
+    rows: Mapping[tuple[str, str], Sequence[Row]],
+    speeds: Mapping[str, Mapping[str, float]],
+    context: StageContext,
+) -> None:
     for name, facts in report.tasks.items():
         context.run.log_dataset(
             name=name, digest=facts.digest, uri=name, context="evaluation", profile={"items": facts.asked}
@@ -223,8 +233,10 @@ def _track(report: TasksReport, rows: Mapping[tuple[str, str], Sequence[Row]], c
         for name, one in model.tasks.items()
         for metric, score in one.scores.items()
     }
-    context.run.log_metrics(figures, step=0)
+    speed = {f"{name}/{figure}": value for name, found in speeds.items() for figure, value in found.items()}
+    context.run.log_metrics({**figures, **speed}, step=0)
     context.run.log_file(context.out / PAGE)
+    context.run.log_file(context.out / PICTURE)
     context.run.log_file(context.out / REPORT)
     table = [
         {

@@ -240,6 +240,7 @@ class ModelEntry(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None = Field(description="name of the model that it is an adapter over")
 
 
 class ModelList(_Exact):

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from configs.load import packaged_tasks
 from infra.cli.main import app
 from tests.actors.conftest import MakeModel, make_model, tokenizer_folder
 
@@ -43,7 +44,9 @@ def test_a_model_is_scored_once_and_a_second_model_is_held_against_it(
     report = json.loads(first.stdout)
     assert report["status"] == "made"
     assert report["tasks"]["signs"]["asked"] == 6
-    assert {path.name for path in Path(report["folder"]).iterdir()} >= {"report.json", "report.html", "answers.parquet"}
+    assert {path.name for path in Path(report["folder"]).iterdir()} >= {
+        "report.json", "report.html", "scores.png", "answers.parquet",
+    }  # fmt: skip
     again = typed("evaluate", model, "--task", task, "--tracker", "jsonl", "--json")
     assert (json.loads(again.stdout)["status"], json.loads(again.stdout)["report"]) == ("reused", report["report"])
     limited = typed("evaluate", model, "--task", task, "--limit", "4", "--tracker", "none")
@@ -52,6 +55,11 @@ def test_a_model_is_scored_once_and_a_second_model_is_held_against_it(
     assert same.stdout.count("noise") == 3
     other = report["report"].replace("@1", "@2")
     assert "other asked" in typed("compare", report["report"], other).output
+
+
+def test_the_help_names_every_packaged_task(typed: Typed) -> None:
+    shown = typed("evaluate", "--help").output
+    assert [name for name in packaged_tasks() if name not in shown] == []
 
 
 def test_absent_data_and_an_unknown_task_are_one_message(typed: Typed, make_model: MakeModel, task: str) -> None:

@@ -32,11 +32,11 @@ from pipelines.corpus.shards import (
     SplitRecord,
     document_schema,
     token_column,
-    write_split,
 )
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.stage import Progress, StageContext
 from pipelines.training.models import build_model, save_model
+from tests.pipelines.corpus.corpus_files import write_split
 
 TEXTS = [f"def add_{n}(a, b):\n    return a + b + {n}\n\n\nclass Thing{n}:\n    value = {n}\n" for n in range(40)]
 PAIRS = [
@@ -199,7 +199,8 @@ def read_answers(folder: Path) -> list[dict]:
 
 @contextmanager
 def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -> Iterator[str]:
-    """A server on loopback that has one model; `answer` gives status and body for what is posted. `URL#name`."""
+    """A server on loopback that has one model; `answer` gives status and body for what is posted, `later`
+    with the word when to come back. `URL#name`."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None: ...
@@ -212,6 +213,8 @@ def endpoint(name: str, answer: Callable[[dict[str, Any]], tuple[int, bytes]]) -
 
         def say(self, status: int, content: bytes) -> None:
             self.send_response(status)
+            if content == b"later":
+                self.send_header("retry-after", "1")
             self.send_header("content-length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)

@@ -15,7 +15,8 @@ import yaml
 
 from configs.errors import ConfigError, DataError
 from configs.load import load_task, packaged_tasks
-from pipelines.evaluation.items import Item, full_prompt, load_items, task_digest
+from pipelines.evaluation.functions import read_functions
+from pipelines.evaluation.items import Item, full_messages, full_prompt, load_items, task_digest
 
 DATA = Path(os.environ.get("GANYMEDE_DATA", "../shared/data")).absolute()
 
@@ -34,15 +35,50 @@ def generation(path: Path | dict[str, str], format_: str, **rest: Any) -> dict[s
 
 def test_every_packaged_task_is_valid_and_says_how_its_data_can_be_had() -> None:
     assert {load_task(name).kind for name in packaged_tasks()} == {
-        "language_modelling", "classification", "entities", "generation", "code",
+        "language_modelling", "preference", "classification", "entities", "generation", "code",
     }  # fmt: skip
-    assert all("$GANYMEDE_DATA" in load_task(name).data.get for name in packaged_tasks())
+    assert all("$GANYMEDE_DATA" in load_task(name).data.get for name in packaged_tasks() if not name.startswith("demo"))
+
+
+def test_the_demos_own_tasks_need_nothing_and_have_no_item_of_another_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GANYMEDE_DATA", raising=False)
+    for name, kind in (("demo_signatures", "signature"), ("demo_summaries", "summary")):
+        task = load_task(name)
+        scored, shown = load_items(task), load_items(task, "train")
+        assert len(scored) > 100
+        assert {item.fields["task"] for item in scored} == {kind}
+        assert not {item.prompt for item in scored} & {item.prompt for item in shown}
+
+
+def test_functions_are_those_that_no_other_file_has_too() -> None:
+    def function(name: str, does: str) -> bytes:
+        return f'def {name}(a):\n    """{does}\n\n    At length."""\n    return {name}\n\n\n'.encode()
+
+    part = [function("f", "Does the first thing.") + function("g", "Does a second thing."), b"no Python (", b"\xff"]
+    others = [
+        function("g", "Does a second thing."),
+        function("h", "Does the first thing."),
+        function("i", "Other work."),
+    ]
+    found = [(record["task"], record["completion"]) for record in read_functions(part, others)]
+    # The signature of `g` is asked in both; `f` is described as `h` is, but is another function.
+    assert sorted(found) == [("signature", "def f(a):"), ("summary", "Does the first thing.")]
+    assert len(read_functions(part, [])) == 4
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the data sets are not here: set GANYMEDE_DATA to their folder")
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("sst2", 872), ("wnut17", 1009), ("wikitext2", 60), ("gsm8k", 380), ("mbpp", 90), ("instructions", 98)],
+    [
+        ("sst2", 872),
+        ("wnut17", 1009),
+        ("wikitext2", 60),
+        ("gsm8k", 380),
+        ("mbpp", 90),
+        ("instructions", 98),
+        ("preferences", 98),
+        ("hh_helpful", 185),
+    ],
 )
 def test_packaged_tasks_have_their_published_items_and_none_of_them_in_train(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +192,9 @@ def test_a_missing_field_and_a_wrong_choice_are_named(tmp_path: Path) -> None:
         ({"prompt": "{"}, "prompt is no template"),
         ({"promt": "x"}, "did you mean prompt"),
         ({"choices": ["a"]}, "has no choices"),
+        ({"data": {"format": "jsonl", "evaluation": {"path": "x", "by_file": "s"}}}, "goes with format functions"),
+        ({"rejected": "{a}"}, "rejected is for kind preference"),
+        ({"kind": "preference", "metrics": ["preferred"]}, "needs answer and rejected"),
     ],
 )
 def test_a_wrong_task_is_told_in_the_words_of_its_file(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -182,3 +221,15 @@ def test_a_prompt_is_instruction_examples_with_answers_and_the_item(tmp_path: Pa
     loaded = load_task(str(tmp_path / "task.yaml"))
     assert full_prompt(loaded, second, [first]) == "Spell.\n\n1 is one\n\n2 is"
     assert full_prompt(loaded.model_copy(update={"instruction": ""}), second) == "2 is"
+    assert full_messages(loaded, second, [first]) == [
+        {"role": "user", "content": "Spell.\n\n1 is"},
+        {"role": "assistant", "content": "one"},
+        {"role": "user", "content": "2 is"},
+    ]
+
+
+def test_a_preference_has_the_better_answer_first(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "Hi", "good": "Hello!", "bad": "Go away."}\n')
+    data = {"format": "jsonl", "evaluation": f"{tmp_path}/a.jsonl"}
+    (pair,) = items(tmp_path, {"kind": "preference", "answer": "{good}", "rejected": "{bad}", "data": data})
+    assert (pair.prompt, pair.choices, pair.label, pair.answer) == ("Hi", ("Hello!", "Go away."), 0, "Hello!")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from configs.errors import ConfigError, ContractError
 from configs.schema.tasks import Answering
-from pipelines.evaluation.local_models import LocalModel
+from pipelines.evaluation.local_models import LocalModel, shared_out
 from tests.actors.conftest import MakeModel, make_model, tokenizer_folder
 from tests.actors.engine.conftest import MakeEncoder, MakeSeq2Seq, make_encoder, make_seq2seq
 
@@ -76,12 +76,41 @@ def test_a_short_stride_gives_each_token_more_before_it(make_model: MakeModel) -
         model.documents([text], 97)
 
 
+def test_an_answer_longer_than_the_window_is_read_in_windows(make_model: MakeModel) -> None:
+    folder = make_model()
+    model = load(folder)
+    before, after = model._pair("def f(x):", " return x + 1" * 30)
+    assert len(after) > 96
+    (answer,) = model.likelihoods([("def f(x):", [" return x + 1" * 30, " pass"])])
+    ids = [*before, *after]
+    first = naive_logprob(folder, ids[: len(before) + 96][-97:], 96)
+    assert answer.logprobs[0] == pytest.approx(first + naive_logprob(folder, ids[-97:], len(after) - 96), abs=1e-2)
+    assert (answer.truncated, answer.tokens) == (True, len(after) + len(model._pair("def f(x):", " pass")[1]))
+
+
+def test_a_long_answer_leaves_the_prompt_at_least_half_the_window(make_model: MakeModel) -> None:
+    assert shared_out(list(range(10)), 5, 96) == (list(range(10)), 5)
+    assert shared_out(list(range(200)), 5, 96) == (list(range(109, 200)), 5)
+    assert shared_out(list(range(30)), 200, 96) == (list(range(30)), 66)
+    assert shared_out(list(range(200)), 200, 96) == (list(range(152, 200)), 48)
+    model = load(make_model())
+    (answer,) = model.generate(["def f(x):"], Answering(max_new_tokens=500))
+    assert (answer.truncated, answer.prompt_tokens) == (False, len(model._engine.text.encode("def f(x):")))
+
+
 def test_conversations_go_through_the_chat_template(make_model: MakeModel) -> None:
-    model = load(make_model(), chat=True)
-    rendered = model._engine.text.render_chat([{"role": "user", "content": "Hello"}])
-    assert model.generate(["Hello"], Answering(max_new_tokens=3))[0].prompt_tokens == len(rendered)
-    with pytest.raises(ConfigError, match="conversations"):
-        model.likelihoods([("Hello", [" you"])])
+    folder = make_model()
+    model = load(folder, chat=True)
+    asked = [{"role": "user", "content": "Hello"}]
+    rendered = model._engine.text.render_chat(asked)
+    assert model.talks
+    assert model.generate([asked], Answering(max_new_tokens=3))[0].prompt_tokens == len(rendered)
+    (answer,) = model.likelihoods([(asked, ["return x", "pass"])])
+    for choice, found in zip(("return x", "pass"), answer.logprobs, strict=True):
+        ids = model._engine.text.encode(choice)
+        assert found == pytest.approx(naive_logprob(folder, [*rendered, *ids], len(ids)), abs=1e-4)
+    with pytest.raises(ConfigError, match="not of conversations"):
+        model.documents(["Hello"], None)
 
 
 def test_an_encoder_classifies_with_its_head_and_in_the_order_of_the_tasks_choices(make_encoder: MakeEncoder) -> None:

@@ -70,6 +70,18 @@ def test_choices_without_an_answer_are_wrong() -> None:
     assert score(made, "acc", [gone]) == score(made, "acc_norm", [gone]) == 0.0
 
 
+def test_a_preference_is_for_the_likelier_answer_and_a_tie_is_half_of_one() -> None:
+    made = task("preference", answer="{a}", rejected="{b}")
+    pair = item(("good",), ("good", "bad and long"), 0)
+    liked, other = Response(logprobs=(-4.0, -6.0)), Response(logprobs=(-4.0, -3.0))
+    same, gone = Response(logprobs=(-4.0, -4.0)), Response(error="HTTP 500")
+    answered = [(pair, response) for response in (liked, other, same, gone)]
+    assert score(made, "preferred", answered) == (1 + 0 + 0.5 + 0) / 4
+    # by bytes: -1 against -6 / 12, then -1 against -3 / 12, then -1 against -4 / 12: never the first one's
+    assert score(made, "preferred_norm", answered) == 0.0
+    assert prediction(made, pair, other) == "bad and long"
+
+
 def test_classes_in_words_are_what_the_answer_begins_with_and_scores_are_scikit_learns() -> None:
     made = task("classification", choices=["good", "bad", "good enough"], answer="{a}", method="generate")
     texts = [" Good!", "bad", "good enough, really", "", "BAD\nmore", "perhaps good"]
@@ -141,6 +153,14 @@ def test_bleu_and_chrf_of_a_set_are_sacrebleus_with_its_signature() -> None:
     assert said("bleu", *pairs) == pytest.approx(sacrebleu.corpus_bleu(answers, streams).score)
     assert said("chrf", *pairs) == pytest.approx(sacrebleu.corpus_chrf(answers, streams).score)
     assert said("bleu", ("the cat sat on the mat", ("the cat sat on the mat",))) == pytest.approx(100.0)
+    # Of 5 words 4 are right, of 4 pairs 3, of 3 triples 2, of 2 quadruples 1; 5 words against 6 of the reference.
+    precisions = 4 / 5 * 3 / 4 * 2 / 3 * 1 / 2
+    by_hand = 100 * math.exp(1 - 6 / 5) * precisions ** (1 / 4)
+    assert said("bleu", ("the cat sat on mats", ("the cat sat on the mat",))) == pytest.approx(by_hand)
+    # Of "abcd" and "abce" 3 of 4 characters are the same, 2 of 3 pairs, 1 of 2 triples, 0 of 1 quadruple; of "ab" and
+    # "ab" 2 of 2 and 1 of 1. Counted together: precision = recall for every length, so that F2 is their mean.
+    by_hand = 100 * (5 / 6 + 3 / 4 + 1 / 2 + 0) / 4
+    assert said("chrf", ("abce", ("abcd",)), ("ab", ("ab",))) == pytest.approx(by_hand)
     assert signature("bleu").startswith("BLEU|nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 
@@ -158,6 +178,10 @@ def test_pass_at_k_is_the_unbiased_estimate() -> None:
     assert pass_at_k(5, 0, 5) == 0.0
     assert pass_at_k(5, 3, 3) == 1.0
     assert pass_at_k(0, 0, 1) == 0.0
+    made = task("code", metrics=["pass@1", "pass@5", "pass@10", "pass@100"], answering={"samples": 100})
+    passed = [True] + [False] * 99
+    for k in (1, 5, 10, 100):  # of one right answer in a hundred, k of a hundred draws hold it
+        assert score(made, f"pass@{k}", [(item(), Response())], passed=passed) == pytest.approx(k / 100)
 
 
 def test_an_interval_holds_the_score_and_narrows_with_items() -> None:

@@ -206,12 +206,13 @@ def test_a_model_is_not_scored_on_documents_of_its_corpus(world: World, tmp_path
 
 
 def test_windows_predict_every_token_once_with_as_many_before_it_as_fit() -> None:
-    assert windows([5, 6, 7], first=1, window=4, stride=4) == [([1, 5, 6, 7], 3)]
-    ids = list(range(10, 20))
-    assert windows(ids, first=1, window=4, stride=4) == [
+    assert windows([1, 5, 6, 7], known=1, window=4, stride=4) == [([1, 5, 6, 7], 3)]
+    ids = [1, *range(10, 20)]
+    assert windows(ids, known=1, window=4, stride=4) == [
         ([1, 10, 11, 12, 13], 4), ([13, 14, 15, 16, 17], 4), ([15, 16, 17, 18, 19], 2),
     ]  # fmt: skip
-    sliding = windows(ids, first=1, window=4, stride=1)
+    assert windows(ids, known=9, window=4, stride=4) == [([15, 16, 17, 18, 19], 2)]
+    sliding = windows(ids, known=1, window=4, stride=1)
     assert sum(count for _, count in sliding) == 10
     assert all(len(row) == 5 for row, _ in sliding)
 

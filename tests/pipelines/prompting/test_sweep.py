@@ -122,6 +122,19 @@ def test_answers_that_are_not_held_to_the_choices_may_be_none_of_them(
     assert all(answer.vectors["accuracy"][0] == 0 for answer in answers if answer.prediction == "")
 
 
+def test_an_item_longer_than_the_window_counts_as_one_without_an_answer(make_model: MakeModel, tmp_path: Path) -> None:
+    (tmp_path / "dev.tsv").write_text("object 1\t1\n" + "long " * 200 + "\t0\n")
+    (tmp_path / "train.tsv").write_text("string 1\t1\n")
+    (tmp_path / "odd.yaml").write_text(classes_task(tmp_path, "{text} =", answering={"max_new_tokens": 8}))
+    model = {"tiny": str(make_model())}
+    config = SweepConfig(models=model, task=str(tmp_path / "odd.yaml"), shots=(0, 1), max_sequences=4)
+    _, report, out = run(config, tmp_path / "run")
+    assert [cell.unanswered for cell in report.cells] == [1, 1]
+    (asked, unasked) = [a for a in pq.read_table(out / ANSWERS).to_pylist() if a["shots"] == 0]
+    assert asked["error"] is None
+    assert "do not fit the model's window" in unasked["error"]
+
+
 def test_a_model_that_cannot_be_prompted_is_refused(config: SweepConfig, tmp_path: Path) -> None:
     swapped = config.model_copy(update={"models": config.references, "references": {}})
     with pytest.raises(ConfigError, match=r"models\.encoder cannot be prompted"):
