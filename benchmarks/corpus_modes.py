@@ -114,8 +114,8 @@ def tokenizers(options: argparse.Namespace) -> Measured:
 
 
 def workers(options: argparse.Namespace) -> Measured:
-    """One worker process against two, workers warm. They work while documents are encoded (filtered, signed); listing,
-    joining and merging are the driver's.
+    """One worker process against two, workers warm. They encode (filter, sign), join and write shards; listing,
+    planning and publishing are the driver's.
 
     Core seconds are what the machine's cores worked meanwhile with two workers, for all processes. Two cores can take
     no less than half of them: that is the greatest ratio there can be here.
