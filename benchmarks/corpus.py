@@ -8,7 +8,7 @@ worker against two (`workers`), the loader and memory.
 All of them read the same files, use the same tokenizer.json and the same number of processes, and the ids of every
 document are compared. The peers live in an environment of their own:
 
-    python3 -m venv peers && peers/bin/pip install datasets==5.2.0 'datatrove[processing]==0.10.1' spacy==3.8.18
+    python3 -m venv peers && peers/bin/pip install datasets==5.2.0 'datatrove[io,processing]==0.10.1' spacy==3.8.18
     python -m benchmarks.corpus --peers peers/bin/python       # or GANYMEDE_BENCHMARK_PEERS=peers/bin/python
 
 A full run keeps its results in `benchmarks/results/`.
@@ -71,9 +71,8 @@ def _plain(options: argparse.Namespace) -> dict[str, Any]:
     runs = 1 if options.quick else options.runs
     tokenizer = run_module("benchmarks.corpus_ours", source, work, "--tokenizer-only")["tokenizer"]
     bare = run_module("benchmarks.corpus_bare", source, tokenizer, "--workers", WORKERS, "--runs", max(runs, 3))
-    ours = run_module(
-        "benchmarks.corpus_ours", source, work, "--workers", 1, WORKERS, "--runs", 1 + max(runs, 3), "--loader"
-    )
+    flags = ("--workers", 1, WORKERS, "--runs", 1 + max(runs, 3), "--loader", "--memory")
+    ours = run_module("benchmarks.corpus_ours", source, work, *flags)
     peers = {name: run_peer(name, options.peers, source, tokenizer, work, runs) for name in PEERS}
     return {"jsonl_bytes": jsonl_bytes, "bare": bare, "ours": ours["corpora"], "loader": ours["loader"], "peers": peers}
 

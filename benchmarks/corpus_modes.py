@@ -179,8 +179,8 @@ def memory(options: argparse.Namespace) -> Measured:
             spans = _SPANS // (_QUICK_SHARE if options.quick else 1)
             cuts[f"{name} in {spans:,} spans"] = ["--span-bytes", max(4096, size // spans)]
         for label, flags in cuts.items():
-            corpora = _ours(larger, work, *flags, "--workers", WORKERS, "--runs", 1, "--no-ids")["corpora"]
-            made = corpora[str(WORKERS)]
+            chosen = (*flags, "--workers", WORKERS, "--runs", 1, "--no-ids", "--memory")
+            made = _ours(larger, work, *chosen)["corpora"][str(WORKERS)]
             figures[label] = {"megabytes": size / 1e6, **made}
             seconds = f"{made['seconds'][0]:.0f}"
             rows.append([label, f"{made['spans']:,}", f"{made['driver_mb']}", f"{made['worker_mb']}", seconds])

@@ -98,7 +98,7 @@ def _refined(config: CorpusConfig) -> CorpusConfig:
 
 
 def _corpora(
-    config: CorpusConfig, tokenizer: Artifact, work: Path, workers: int, runs: int, *, ids: bool
+    config: CorpusConfig, tokenizer: Artifact, work: Path, workers: int, runs: int, *, ids: bool, memory: bool
 ) -> dict[str, Any]:
     """Times of `runs` runs on one Ray cluster; the first finds no worker process that has our modules loaded."""
     import ray
@@ -118,9 +118,12 @@ def _corpora(
         return time.perf_counter() - started, _core_seconds() - before, artifact
 
     done = [once() for _ in range(runs)]
-    # Looking at every process twenty times a second takes a share of the driver's core, so it has a run of its own.
-    with peaks("ray::") as memory:
-        *_, artifact = once()
+    *_, artifact = done[-1]
+    peak = {}
+    if memory:  # looking at every process twenty times a second takes a share of the driver's core: a run of its own
+        with peaks("ray::") as seen:
+            *_, artifact = once()
+        peak = {"driver_mb": round(seen.driver), "worker_mb": round(seen.worker)}
     ray.shutdown()
     return {
         "seconds": [seconds for seconds, _, _ in done],
@@ -129,8 +132,7 @@ def _corpora(
         "digest": artifact.digest,
         "encoder": artifact.manifest.summary.get("encoder"),
         "spans": artifact.manifest.summary.get("spans"),
-        "driver_mb": round(memory.driver),
-        "worker_mb": round(memory.worker),
+        **peak,
         **(_fingerprint(artifact.path) if ids else {}),
     }
 
@@ -183,6 +185,7 @@ def main() -> None:
     parser.add_argument("--refined", action="store_true", help="filters and duplicates too")
     parser.add_argument("--span-bytes", type=int)
     parser.add_argument("--no-ids", action="store_true", help="leave the tokens alone once they are published")
+    parser.add_argument("--memory", action="store_true", help="one more run, whose memory is watched")
     parser.add_argument("--tokenizer-only", action="store_true")
     parser.add_argument("--loader", action="store_true", help="what the loader makes of the corpus, too")
     arguments = parser.parse_args()
@@ -192,8 +195,9 @@ def main() -> None:
     if not arguments.tokenizer_only:
         config = CorpusConfig(tokenizer="bench", source=source, span_bytes=arguments.span_bytes)
         config = _refined(config) if arguments.refined else config
+        chosen = {"ids": not arguments.no_ids, "memory": arguments.memory}
         result["corpora"] = {
-            workers: _corpora(config, tokenizer, arguments.work, workers, arguments.runs, ids=not arguments.no_ids)
+            workers: _corpora(config, tokenizer, arguments.work, workers, arguments.runs, **chosen)
             for workers in arguments.workers
         }
     if arguments.loader:

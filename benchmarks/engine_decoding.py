@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from actors.engine.engine import Engine
+from actors.engine.kernels import kernels_kind
 from actors.engine.pretrained import Precision, placement
 from actors.engine.request import Request
 from benchmarks.engine_gguf import write_gguf
@@ -28,6 +29,7 @@ REQUESTS = {1: 2, 8: 16, 32: 32}
 """Of a closed loop, by concurrency: a request that ends is followed by the next one."""
 _PREFILL = (16, 256)
 """Prompts and their length for the speed of prefill."""
+_INT8 = "engine, int8 weights"
 
 Run = Callable[[int], Any]
 
@@ -51,6 +53,9 @@ def decoding(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     weights = sum(p.numel() for p in model.parameters())
     rates: dict[str, dict[str, float]] = {"engine": {}, "generate": {}, "continuous batching": {}}
+    int8 = dtype == torch.float32 and kernels_kind(dtype, torch.device("cpu")) == "compiled"
+    if int8:
+        rates[_INT8] = {}
     same: dict[str, float] = {}
     for count in concurrency:
         # New prompts for each run: the engine would find those of an earlier one in its cache.
@@ -67,10 +72,16 @@ def decoding(
         with _continuous(model, count) as manager:
             seconds, _ = timed(lambda n, manager=manager, asked=asked: _answers(manager, asked[n]), runs)
         rates["continuous batching"][str(count)] = REQUESTS[count] * NEW / seconds
+        if int8:
+            rounded = Engine.load(folder, max_sequences=count, precision="int8", device="cpu")
+            seconds, _ = timed(lambda n, rounded=rounded, asked=asked: _engine(rounded, asked[n]), runs)
+            rates[_INT8][str(count)] = REQUESTS[count] * NEW / seconds
         pairs = zip(tokens["engine"], tokens["generate"], strict=True)
         same[str(count)] = sum(mine == theirs for mine, theirs in pairs) / REQUESTS[count]
     if llama_bench is not None:
         rates["llama.cpp"] = _llama_cpp(llama_bench, folder, work, dtype, concurrency)
+        if int8:
+            rates["llama.cpp, Q8_0"] = _llama_cpp(llama_bench, folder, work, torch.int8, concurrency)
     return {
         "parameters": weights,
         "dtype": str(dtype).removeprefix("torch."),

@@ -90,15 +90,23 @@ def _save_rows(recipe: Recipe, stage: str, home: Path, steps: int) -> dict[str, 
     return files
 
 
+def _without_others(recipe: Recipe, only: str) -> Recipe:
+    kept = {n: c for n, c in recipe.stages.items() if n == only or not isinstance(c, PretrainConfig)}
+    return recipe.model_copy(update={"stages": kept})
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("recipe", help="a packaged recipe or a YAML file")
     parser.add_argument("home", type=Path)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--only", metavar="STAGE", help="of the stages that train, this one alone")
     parser.add_argument("--rows", metavar="STAGE", help="save the rows of this stage in the home folder")
     parser.add_argument("--row-steps", type=int, default=0, help="batches that are saved")
     options = parser.parse_args()
     recipe = load_recipe(options.recipe, options.set)
+    if options.only:
+        recipe = _without_others(recipe, options.only)
     os.environ["GANYMEDE_HOME"] = str(options.home)
     lines = _run(recipe, state_home())
     found: dict[str, Any] = {}

@@ -37,6 +37,8 @@ POLL_SECONDS = 0.1
 LOOK = "the logs below <home>/logs/ray/serve have the details"
 ANSWER_TOKENS = 64
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -188,12 +190,17 @@ def _start_serve(config: ServingConfig, proxy: data_plane.DataPlane) -> None:
     from serving.app import LOGGING
 
     environment = data_plane.environment(proxy, config.host, free_ports(data_plane.INTERNAL_PORTS))
-    _serve_module().start(
-        http_options={"host": config.host, "port": config.port},
-        proxy_location="HeadOnly" if is_loopback(config.host) else "EveryNode",
-        logging_config=LOGGING,
-        controller_options={"runtime_env": {"env_vars": environment}},
-    )
+    try:
+        _serve_module().start(
+            http_options={"host": config.host, "port": config.port},
+            proxy_location="HeadOnly" if is_loopback(config.host) else "EveryNode",
+            logging_config=LOGGING,
+            controller_options={"runtime_env": {"env_vars": environment}},
+        )
+    except TimeoutError:
+        # Ray Serve gives its proxy 60 s, which a busy machine can use up. The controller runs, and so will the proxy:
+        # the endpoint has until `start_timeout_seconds` to answer.
+        logger.warning("the proxy took more than 60 s to start; still waiting for it")
 
 
 def _deploy(offers: Sequence[Offer], config: ServingConfig, url: str, *, deadline: float) -> bool:

@@ -106,7 +106,7 @@ class Trace:
             metrics.first_token(self.model, self.digest or "", now)
             return
         # Answers to one request are written side by side: each of them waited this long.
-        tokens = max(Counter(piece.index for piece in batch).values())
+        tokens = 1 if len(batch) == 1 else max(Counter(piece.index for piece in batch).values())
         for _ in range(tokens):
             metrics.next_token(self.model, self.digest or "", (now - last) / tokens)
 

@@ -32,6 +32,8 @@ BUSY_SHARE = 0.75
 """Replicas are added when their requests fill more than this share of the sequences they decode together."""
 UPSCALE_SECONDS = 5.0
 """More replicas have to be wanted for this long before they are started."""
+DOWNSCALE_SECONDS = 600.0
+"""Fewer have to be wanted for this long before one ends."""
 
 
 def canary_app_name(model: str) -> str:
@@ -85,7 +87,11 @@ def _engines(name: str, model: ServedModel, config: ModelSettings, *, side_by_si
     engines: Deployment = serve.deployment(
         EngineReplica,
         name=name,
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        ray_actor_options={
+            "num_cpus": config.cpus_per_replica,
+            "num_gpus": config.gpus_per_replica,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, int(config.cpus_per_replica)))}},
+        },
         # The engine's own queue decides what is refused; Serve's limit only has to be out of its way.
         max_ongoing_requests=2 * (sequences + config.max_queued),
         max_surge_percent=100 if side_by_side else 0,
@@ -101,6 +107,7 @@ def _engines(name: str, model: ServedModel, config: ModelSettings, *, side_by_si
             downscale_to_zero_delay_s=config.idle_seconds,
             target_ongoing_requests=max(1.0, BUSY_SHARE * sequences),
             upscale_delay_s=UPSCALE_SECONDS,
+            downscale_delay_s=DOWNSCALE_SECONDS,
             policy=AutoscalingPolicy(policy_function=WorkPolicy, policy_kwargs=asdict(aim)),
         ),
         logging_config=LOGGING,

@@ -322,6 +322,8 @@ class Piece:
     def joined(cls, pieces: Sequence[Piece]) -> Piece:
         """One piece that says as much as some consecutive ones of the same answer."""
         last = pieces[-1]
+        if len(pieces) == 1:
+            return last
         scores = None if last.scores is None else tuple(s for piece in pieces for s in piece.scores or ())
         ids = tuple(token for piece in pieces for token in piece.token_ids)
         spent = None if last.spent is None else sum((piece.spent or Spent() for piece in pieces), Spent())

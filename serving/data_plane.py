@@ -62,7 +62,7 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
     if plane == "python":
         return common
     fallback, metrics, stats = map(str, ports)
-    folder = _private_folder()
+    folder = private_folder()
     env = {
         **common,
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -87,8 +87,8 @@ def environment(plane: DataPlane, host: str, ports: Sequence[int]) -> dict[str, 
     return env
 
 
-def _private_folder() -> Path:
-    """A folder of this user's for HAProxy's files; short, because socket paths end at 107 characters.
+def private_folder() -> Path:
+    """A folder of this user's for HAProxy's files and replicas' sockets; short, as socket paths end at 107 characters.
 
     Raises:
         StorageError: it cannot be made, or belongs to somebody else.

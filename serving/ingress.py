@@ -37,10 +37,12 @@ from serving.calls import (
     Tokens,
 )
 from serving.catalogue import Entry, entries
+from serving.data_plane import private_folder
 from serving.door import Door
 from serving.metrics import Metrics
 from serving.openai.routes import create_api
 from serving.replay import DELAYS_SECONDS, Progress
+from serving.wire import Batch, Wire, WireLostError
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,21 +55,26 @@ GONE = Refusal(
 STARTING = Refusal(503, "the engine replicas are starting", "starting", retry_after_seconds=RETRY_AFTER_SECONDS)
 REPORT_SECONDS = 2.0
 STATUS_SECONDS = 5.0
-_REPLICA_LOST = (RayActorError, grpc.aio.AioRpcError)
+_REPLICA_LOST = (RayActorError, grpc.aio.AioRpcError, WireLostError)
 _NONE_THERE = (BackPressureError, DeploymentUnavailableError)
 
 
 class RemoteEngine:
     """A handle to the engine replicas of one version as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle, model: ServedModel, metrics: Metrics) -> None:
+    def __init__(self, handle: DeploymentHandle, model: ServedModel, wire: Wire, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._wire = wire
         self._name = model.name
         self._digest = model.digest
         self._handle = handle
         self._door = Door()
-        # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica.
-        self._streaming = handle.options(stream=True)
+        # Whole answers go this way too: Ray Serve does not hand the end of a unary call down to the replica. By gRPC,
+        # which the environment asks for, but handles made in the driver do not know of: 5 ms less until the first token
+        # than by references to objects.
+        self._streaming = handle.options(stream=True, _by_reference=False)
+        self._ending: set[asyncio.Task[None]] = set()
+        """Ray Serve's side of calls, until they have ended there."""
 
     async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         """The answers in batches; closing the iterator, or cancelling its reader, cancels the call in the replica."""
@@ -85,23 +92,19 @@ class RemoteEngine:
     async def _relayed(self, call: Call) -> AsyncGenerator[Sequence[Piece] | Refusal, None]:
         progress = Progress(call)
         while True:
-            response = self._streaming.stream.remote(progress.rest())
             try:
-                async for batch in response:
-                    if isinstance(batch, Refusal) and batch.code == LOST:
-                        break
-                    if not isinstance(batch, Refusal):
-                        progress.note(batch)
-                    yield batch
-                else:
-                    return
+                async with aclosing(self._attempt(progress)) as batches:
+                    async for batch in batches:
+                        if isinstance(batch, Refusal) and batch.code == LOST:
+                            break
+                        yield batch
+                    else:
+                        return
             except _NONE_THERE:
                 yield UNAVAILABLE
                 return
             except _REPLICA_LOST:
                 pass
-            finally:
-                response.cancel()
             if progress.complete:
                 return
             delay = progress.lose()
@@ -111,6 +114,28 @@ class RemoteEngine:
             self._metrics.replayed(self._name)
             logger.warning("%s lost its replica; it goes on after %d tokens", call.id, progress.tokens)
             await asyncio.sleep(delay)
+
+    async def _attempt(self, progress: Progress) -> AsyncGenerator[Batch, None]:
+        """What one replica has of the rest of a call. Raises what Ray Serve does if it goes away."""
+        call = progress.rest()
+        with self._wire.inbox(call.id) as inbox:
+            response = self._streaming.relay.remote(call, await self._wire.address())
+            filling = asyncio.create_task(inbox.fill(response))
+            self._ending.add(filling)
+            filling.add_done_callback(self._ending.discard)
+            try:
+                while not progress.complete:
+                    batch = await inbox.next()
+                    if batch is None:
+                        return
+                    if not isinstance(batch, Refusal):
+                        progress.note(batch)
+                    yield batch
+                    if isinstance(batch, Refusal):
+                        return
+            finally:
+                if not progress.complete:
+                    response.cancel()
 
     async def read(self, call: ReadCall) -> Readings | Refusal:
         """What the model says of texts."""
@@ -191,11 +216,12 @@ class Ingress:
         config: ServingConfig,
     ) -> None:
         metrics = Metrics([offer.model for offer in offers])
+        wire = Wire(private_folder())
         catalogue: dict[str, Entry] = {}
         for offer in offers:
             name, other = offer.model.name, offer.model.canary
-            stable = RemoteEngine(engines[name], offer.model, metrics)
-            canary = None if other is None else RemoteEngine(canaries[name], other, metrics)
+            stable = RemoteEngine(engines[name], offer.model, wire, metrics)
+            canary = None if other is None else RemoteEngine(canaries[name], other, wire, metrics)
             catalogue |= entries(offer, stable, canary, metrics)
         self._api = create_api(catalogue, config, metrics)
 

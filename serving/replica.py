@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,6 +35,7 @@ from serving.calls import (
     Tokens,
     is_long,
 )
+from serving.wire import Senders
 
 if TYPE_CHECKING:
     from actors.engine.adapters import Adapter
@@ -57,7 +59,10 @@ class EngineReplica:
         from serving.watch import Watch
         from serving.writer import Writer
 
-        engine = _load(Path(model.folder), config)
+        # In a thread that ends. OpenMP counts the threads of all that have multiplied, and once they are more than the
+        # cores, those of the engine no longer wait for each other awake: on 2 cores steps took 1.4 to 2 times as long.
+        with ThreadPoolExecutor(1) as loading:
+            engine = loading.submit(_load, Path(model.folder), config).result()
         self._digest = model.digest
         self._text = engine.text
         self._context_length: int = engine.context_length
@@ -68,6 +73,7 @@ class EngineReplica:
         )
         self._step_limit_seconds = config.step_limit_seconds
         self._engine: AsyncEngine[Any, Any] = AsyncEngine(self._watch)
+        self._senders = Senders()
         self._writer: Writer | None = None
         self._reader: Reader | None = None
         self._labels: tuple[str, ...] = ()
@@ -105,6 +111,22 @@ class EngineReplica:
         async with aclosing(self._writer.stream(call, adapter)) as batches:
             async for batch in batches:
                 yield self._or_lost(batch) if isinstance(batch, Refusal) else batch
+
+    async def relay(self, call: Call, to: str | None) -> AsyncGenerator[Sequence[Piece] | Refusal | str, None]:
+        """The same for an ingress. If the wire at `to` is on this machine, it takes the answers, and all that comes
+        this way is the name of this end of it. Ends early if that ingress has gone away.
+        """
+        sender = None if to is None else await self._senders.to(to)
+        if sender is not None:
+            yield sender.name
+        async with aclosing(self.stream(call)) as batches:
+            async for batch in batches:
+                if sender is None:
+                    yield batch
+                elif sender.open:
+                    sender.send(call.id, batch)
+                else:
+                    return
 
     async def _adapter(self, source: AdapterSource) -> Adapter | Refusal:
         """An adapter to write with. In the middle of an update, a replica with another base is as good as lost."""

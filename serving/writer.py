@@ -8,7 +8,7 @@ replica has begun goes on as if this one had written it: the tokens drawn are a 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from copy import copy
 from dataclasses import replace
@@ -105,31 +105,28 @@ class Writer:
 
     async def _events(self, requests: Mapping[int, Request]) -> AsyncGenerator[list[tuple[int, TokenEvent]], None]:
         """The engine's events of several requests, merged; raises the first error of any of them."""
-        arrived: asyncio.Queue[tuple[int, TokenEvent] | BaseException] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, TokenEvent | GanymedeError]] = asyncio.Queue()
 
-        async def pump(index: int, request: Request) -> None:
-            try:
-                async for event in self._running.stream(request):
-                    arrived.put_nowait((index, event))
-            except Exception as error:  # noqa: BLE001 - raised again by the reader of the queue
-                arrived.put_nowait(error)
+        def deliver(index: int, event: TokenEvent | GanymedeError) -> None:
+            arrived.put_nowait((index, event))
 
-        tasks = [asyncio.create_task(pump(index, request)) for index, request in requests.items()]
+        cancels: list[Callable[[], None]] = []
         try:
-            running = len(tasks)
+            for index, request in requests.items():
+                cancels.append(self._running.begin(request, partial(deliver, index)))
+            running = len(requests)
             while running:
                 batch: list[tuple[int, TokenEvent]] = []
                 while not (batch and arrived.empty()):
-                    item = await arrived.get()
-                    if isinstance(item, BaseException):
-                        raise item
-                    batch.append(item)
-                    running -= item[1].finish_reason is not None
+                    index, event = await arrived.get()
+                    if isinstance(event, GanymedeError):
+                        raise event
+                    batch.append((index, event))
+                    running -= event.finish_reason is not None
                 yield batch
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for cancel in cancels:
+                cancel()
 
     def _check(self, call: Call) -> None:
         """Raises `RequestError` for what this kind of model, or no model, does."""

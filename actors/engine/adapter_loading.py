@@ -98,7 +98,7 @@ def _check_fits(folder: Path, factors: Mapping[str, Factors], sizes: Mapping[str
 
 
 class _Layout:
-    """The factors as the decoder's `_Layer` has the weights."""
+    """The factors as `LayerWeights` has the weights."""
 
     def __init__(self, decoder: LeanDecoder, factors: Mapping[str, Factors]) -> None:
         self._shape = decoder.shape

@@ -54,6 +54,11 @@ class KVCache:
         """Memory that it takes."""
         return self._store.nbytes
 
+    @property
+    def view(self) -> torch.Tensor:
+        """The memory as it is arranged, [layer, keys/values, row, kv head, position, head dim]."""
+        return self._kv_LARKPD
+
     def arrange(self, *, rows: int, width: int) -> None:
         """Sees the memory as rows of `width` positions, whatever it holds."""
         shape = (len(self._store), 2, rows, self._kv_heads, width, self._head_dim)

@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from actors.engine.adapters import Adapted, adapted
+from actors.engine.adapters import adapted
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
+from actors.engine.compiled_step import CompiledStep, LayerWeights
+from actors.engine.kernels import kernels_for
 from actors.engine.linear import Linear, RmsNorm
 from actors.engine.pretrained import read_config
 from actors.engine.scheduler import Span
@@ -84,18 +86,6 @@ class Shape:
         )
 
 
-@dataclass(frozen=True)
-class _Layer:
-    qkv: Linear | Adapted
-    out: Linear | Adapted
-    gate_up: Linear | Adapted
-    down: Linear | Adapted
-    attention_norm: RmsNorm
-    mlp_norm: RmsNorm
-    head_norm: torch.Tensor | None
-    """Weights of the norms of queries and keys, a row for each of these heads."""
-
-
 class LeanDecoder:
     """A Llama-shaped model's weights and forward pass. Holds no state between calls; the cache is the caller's.
 
@@ -109,7 +99,7 @@ class LeanDecoder:
         shape: Shape,
         *,
         embedding: torch.Tensor | None,
-        layers: Sequence[_Layer],
+        layers: Sequence[LayerWeights],
         norm: RmsNorm,
         head: Linear,
         rotations_LD: torch.Tensor,
@@ -123,10 +113,16 @@ class LeanDecoder:
         self._norm = norm
         self._head = head
         self._rotations_LD = rotations_LD
+        kernels = kernels_for(head.dtype, head.device)
+        self._compiled = kernels and CompiledStep(
+            kernels, embedding_VC=embedding, layers=layers, norm=norm, head=head, rotations_LD=rotations_LD,
+            heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
+        )  # fmt: skip
 
     @classmethod
-    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device) -> Self:
-        """Opens a model folder.
+    def load(cls, folder: Path, *, dtype: torch.dtype, device: torch.device, int8: bool = False) -> Self:
+        """Opens a model folder; with `int8`, for which there must be compiled kernels, its linear layers' weights are
+        rounded to that.
 
         Raises `ArtifactError` if files are missing or the architecture is another, `CorruptArtifactError` if
         a weights file cannot be read.
@@ -139,7 +135,7 @@ class LeanDecoder:
                 next_step="use the decoder `modules`, or `auto`",
             )  # fmt: skip
         shape = Shape.of(config)
-        weights = _Weights(_read_weights(folder), folder, dtype, device)
+        weights = _Weights(_read_weights(folder), folder, dtype, device, int8=int8)
         embedding = weights["model.embed_tokens"]
         tied = config.tie_word_embeddings
         return cls(
@@ -148,7 +144,7 @@ class LeanDecoder:
             embedding=None if tied else embedding,
             layers=[weights.layer(f"model.layers.{n}.", shape) for n in range(shape.layers)],
             norm=weights.norm("model.norm", shape),
-            head=Linear(embedding if tied else weights["lm_head"], None),
+            head=Linear(embedding if tied else weights["lm_head"], None, int8=int8),
             rotations_LD=_rotations(config, shape, device),
         )
 
@@ -184,11 +180,14 @@ class LeanDecoder:
             wanted: numbers of tokens of the step, the first span's first token being 0.
         """
         device = self._head.device
-        hidden_NC = self._hidden(StepAttention(spans, cache, device), adapted(self._layers, spans, device))
+        layers = adapted(self._layers, spans, device)
+        if self._compiled is not None and layers is self._layers:
+            return self._compiled.run(spans, cache, wanted)
+        hidden_NC = self._hidden(StepAttention(spans, cache, device), layers)
         hidden_WC = hidden_NC if len(wanted) == len(hidden_NC) else hidden_NC[list(wanted)]
         return self._head(self._norm(hidden_WC)).float()
 
-    def _hidden(self, step: StepAttention, layers: Sequence[_Layer]) -> torch.Tensor:
+    def _hidden(self, step: StepAttention, layers: Sequence[LayerWeights]) -> torch.Tensor:
         shape = self.shape
         scored = shape.heads + shape.kv_heads
         rotations_N1D = self._rotations_LD[step.positions_N][:, None]
@@ -255,11 +254,18 @@ class _Weights:
     """Tensors of a checkpoint by module name, fused and laid out for the forward pass."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], folder: Path, dtype: torch.dtype, device: torch.device
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        folder: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        int8: bool,
     ) -> None:
         self._tensors = tensors
         self._folder = folder
         self._to: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._linear: dict[str, Any] = self._to | {"int8": int8}
 
     def __getitem__(self, module: str) -> torch.Tensor:
         """The weight of a module as it is in the file."""
@@ -269,17 +275,17 @@ class _Weights:
         """A norm of hidden states."""
         return RmsNorm(self[module], shape.norm_epsilon)
 
-    def layer(self, prefix: str, shape: Shape) -> _Layer:
+    def layer(self, prefix: str, shape: Shape) -> LayerWeights:
         """One transformer layer."""
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         head_norm = self._head_norm(attention, shape)
         query = self._interleaved(attention + "q_proj", shape.heads, shape.head_dim**-0.5 if head_norm is None else 1.0)
         key = self._interleaved(attention + "k_proj", shape.kv_heads, 1.0)
-        return _Layer(
-            qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._to),
-            out=Linear.of([self._pair(attention + "o_proj")], **self._to),
-            gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._to),
-            down=Linear.of([self._pair(mlp + "down_proj")], **self._to),
+        return LayerWeights(
+            qkv=Linear.of([query, key, self._pair(attention + "v_proj")], **self._linear),
+            out=Linear.of([self._pair(attention + "o_proj")], **self._linear),
+            gate_up=Linear.of([self._pair(mlp + "gate_proj"), self._pair(mlp + "up_proj")], **self._linear),
+            down=Linear.of([self._pair(mlp + "down_proj")], **self._linear),
             attention_norm=self.norm(prefix + "input_layernorm", shape),
             mlp_norm=self.norm(prefix + "post_attention_layernorm", shape),
             head_norm=head_norm,

@@ -37,7 +37,14 @@ from actors.engine.encodings import (
 from actors.engine.kernels import kernels_kind
 from actors.engine.linear import pack
 from actors.engine.padding import padded, present
-from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
+from actors.engine.pretrained import (
+    Precision,
+    check_vocabulary,
+    load_modules,
+    placement,
+    read_config,
+    refuse_int8,
+)
 from actors.engine.runner import check_kind, run_to_end
 from actors.engine.shortage import in_parts, no_memory
 from actors.text import ModelInput, Text
@@ -115,6 +122,7 @@ class EncoderEngine:
         )
         # Embeddings do not pass through the pooler, which checkpoints of masked language models do not have.
         optional = ("pooler.",) if task == "embed" else ()
+        refuse_int8(precision, folder, "an encoder")
         dtype, where = placement(precision, device)
         import transformers
 

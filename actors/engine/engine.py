@@ -36,7 +36,7 @@ from configs.errors import RequestError
 
 _MIXED_PREFILL_TOKENS = 10
 """Prompt tokens in a step beside those that each decoding sequence allows, on a CPU. A step of few rows costs what 7
-rows do, plus its rows: `kernels.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
+rows do, plus its rows: `product.c` takes 0.76 ms for 1 row times 512 x 8192, 1.37 for 8, 1.75 for 16, 3.2 for 32 and 24
 for 256 on one AVX2 core. The scheduler's share of 1.5 times that is the delay of one and a half steps."""
 
 _CPU_CACHE_BYTES = 4 << 30
@@ -112,7 +112,8 @@ class Engine:
             prefill_tokens: prompt tokens run in one step at most.
             mixed_prefill_tokens: the same beside sequences that decode. Unless set, on a CPU so few that a long
                 prompt delays none of their tokens by more than the time of two steps, elsewhere as many.
-            precision: `auto` is bf16 on a GPU and on processors with bf16 arithmetic, fp32 elsewhere.
+            precision: `auto` is bf16 on a GPU and on processors with bf16 arithmetic, fp32 elsewhere; `int8` rounds the
+                weights of Llama-shaped models to that, on a CPU with a C compiler, and computes in fp32.
             device: a torch device; `auto` is the first GPU if there is one.
             decoder: `lean` for models shaped like Llama, `modules` for any other; `auto` takes the lean one if it
                 can run the model.
@@ -126,7 +127,7 @@ class Engine:
             mixed_prefill_tokens = _MIXED_PREFILL_TOKENS if where.type == "cpu" else prefill_tokens
         check_vocabulary(folder, text.vocab_size, read_config(folder))
         return cls(
-            load_decoder(folder, decoder, dtype=dtype, device=where),
+            load_decoder(folder, decoder, dtype=dtype, device=where, precision=precision),
             text,
             max_sequences=max_sequences,
             cache_tokens=cache_tokens,

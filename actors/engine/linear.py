@@ -16,38 +16,56 @@ from typing import Any, Self, cast, get_args
 import torch
 import torch.nn.functional as F
 
-from actors.engine import kernels
+from actors.engine import kernels, large_pages
 from actors.engine.kernels import kernels_for
 
 
 class Linear:
     """A weight [O, C] and a bias, laid out for products with few rows."""
 
-    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None) -> None:
+    def __init__(self, weight_OC: torch.Tensor, bias_O: torch.Tensor | None, *, int8: bool = False) -> None:
+        """With `int8`, which the compiled kernels are needed for, weights are rounded to 255 steps of each output's own
+        size; the products stay fp32."""
         self.out_features = len(weight_OC)
         self.dtype, self.device = weight_OC.dtype, weight_OC.device
-        self._bias = bias_O
+        self.bias_O = bias_O
         """As long as the weight is wide in the layout at hand."""
+        self.scales_O: torch.Tensor | None = None
+        """Of weights that are int8, likewise."""
         self._kernels = kernels_for(self.dtype, self.device)
         if self._kernels is None:
             # With few rows, twice as fast on a CPU as the layout of `nn.Linear`.
-            self._weight = weight_OC.t().contiguous()
+            self.weight = weight_OC.t().contiguous()
         else:
             beyond = -self.out_features % self._kernels.panel
-            self._bias = None if bias_O is None else F.pad(bias_O, (0, beyond))
+            self.bias_O = None if bias_O is None else F.pad(bias_O, (0, beyond))
             padded_OC = F.pad(weight_OC, (0, 0, 0, beyond))
-            self._weight = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2).contiguous()
+            if int8:
+                self.scales_O = (padded_OC.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+                padded_OC = (padded_OC / self.scales_O[:, None]).round_()
+            panels = padded_OC.unflatten(0, (-1, self._kernels.panel)).transpose(1, 2)
+            self.weight = large_pages.room(panels.shape, torch.int8 if int8 else torch.float32).copy_(panels)
+
+    @property
+    def size(self) -> int:
+        """Numbers of the weight."""
+        return self.weight.numel()
 
     @classmethod
     def of(
-        cls, parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]], *, dtype: torch.dtype, device: torch.device
+        cls,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        int8: bool = False,
     ) -> Self:
         """Several layers of the same input side by side, each a weight [out, in] and a bias or none."""
         weight_OC = torch.cat([weight for weight, _ in parts]).to(dtype=dtype, device=device)
         if all(bias is None for _, bias in parts):
-            return cls(weight_OC, None)
+            return cls(weight_OC, None, int8=int8)
         biases = [weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in parts]
-        return cls(weight_OC, torch.cat(biases).to(dtype=dtype, device=device))
+        return cls(weight_OC, torch.cat(biases).to(dtype=dtype, device=device), int8=int8)
 
     @classmethod
     def fused(cls, modules: Sequence[Any], scales: Sequence[float] = (), **to: Any) -> Self:
@@ -61,42 +79,42 @@ class Linear:
     def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
         """[N, O]: `x_NC` times the weight, plus the bias."""
         if self._kernels is None:
-            return x_NC @ self._weight if self._bias is None else torch.addmm(self._bias, x_NC, self._weight)
+            return x_NC @ self.weight if self.bias_O is None else torch.addmm(self.bias_O, x_NC, self.weight)
         out_NO = x_NC.new_empty(len(x_NC), self.out_features)
-        self._kernels.product(x_NC.contiguous(), self._weight, self._bias, out_NO, add=False)
+        self._kernels.product(x_NC.contiguous(), self.weight, self.scales_O, self.bias_O, out_NO, add=False)
         return out_NO
 
     def add_to(self, residual_NO: torch.Tensor, x_NC: torch.Tensor) -> None:
         """Adds what the layer makes of `x_NC` to `residual_NO`, contiguous, in place."""
         if self._kernels is None:
-            if self._bias is not None:
-                residual_NO.add_(self._bias)
-            residual_NO.addmm_(x_NC, self._weight)
+            if self.bias_O is not None:
+                residual_NO.add_(self.bias_O)
+            residual_NO.addmm_(x_NC, self.weight)
         else:
-            self._kernels.product(x_NC.contiguous(), self._weight, self._bias, residual_NO, add=True)
+            self._kernels.product(x_NC.contiguous(), self.weight, self.scales_O, self.bias_O, residual_NO, add=True)
 
     def rows(self, indices_N: torch.Tensor) -> torch.Tensor:
         """The weights [N, C] of some outputs: what an embedding looks up that is tied to its head."""
         if self._kernels is None:
-            return F.embedding(indices_N, self._weight.t())
+            return F.embedding(indices_N, self.weight.t())
         wide = self._kernels.panel
-        found_NC: torch.Tensor = self._weight[indices_N // wide, :, indices_N % wide]
-        return found_NC
+        found_NC: torch.Tensor = self.weight[indices_N // wide, :, indices_N % wide]
+        return found_NC if self.scales_O is None else found_NC * self.scales_O[indices_N, None]
 
 
 class RmsNorm:
     """Root mean square normalisation over the last dimension."""
 
     def __init__(self, weight_C: torch.Tensor, epsilon: float) -> None:
-        self._weight_C = weight_C
-        self._epsilon = epsilon
+        self.weight_C = weight_C
+        self.epsilon = epsilon
         self._kernels = kernels_for(weight_C.dtype, weight_C.device)
 
     def __call__(self, x_NC: torch.Tensor) -> torch.Tensor:
         """`x_NC`, normalised and times the weight."""
         if self._kernels is None:
-            return F.rms_norm(x_NC, self._weight_C.shape, self._weight_C, self._epsilon)
-        return self._kernels.rms_norm(x_NC, self._weight_C, self._epsilon)
+            return F.rms_norm(x_NC, self.weight_C.shape, self.weight_C, self.epsilon)
+        return self._kernels.rms_norm(x_NC, self.weight_C, self.epsilon)
 
 
 class LayerNorm:

@@ -25,8 +25,9 @@ import torch
 from actors.engine.attention import StepAttention
 from actors.engine.cache import KVCache
 from actors.engine.decoder import LeanDecoder, obstacle
+from actors.engine.kernels import kernels_for
 from actors.engine.linear import pack
-from actors.engine.pretrained import load_modules, read_config
+from actors.engine.pretrained import Precision, load_modules, read_config, refuse_int8
 from actors.engine.recurrent_decoder import RecurrentDecoder
 from actors.engine.scheduler import Span
 from configs.errors import ArtifactError
@@ -75,7 +76,9 @@ class Decoder(Protocol):
         ...
 
 
-def load_decoder(folder: Path, choice: DecoderChoice, *, dtype: torch.dtype, device: torch.device) -> Decoder:
+def load_decoder(
+    folder: Path, choice: DecoderChoice, *, dtype: torch.dtype, device: torch.device, precision: Precision = "auto"
+) -> Decoder:
     """Opens a model folder; `auto` takes the lean decoder if `obstacle` finds none, and the model's modules otherwise.
 
     The LSTM baseline has a decoder of its own, whatever is chosen.
@@ -85,13 +88,17 @@ def load_decoder(folder: Path, choice: DecoderChoice, *, dtype: torch.dtype, dev
     """
     config = read_config(folder)
     if config.model_type == RecurrentDecoder.MODEL_TYPE:
+        refuse_int8(precision, folder, "an LSTM")
         return RecurrentDecoder.load(folder, dtype=dtype, device=device)
     reason = obstacle(config) if choice == "auto" else None
     if choice == "modules" or reason is not None:
+        refuse_int8(precision, folder, f"it runs through its own modules: {reason or 'asked for'}")
         _log.info("%s runs through its own modules: %s", folder, reason or "asked for")
         return ModulesDecoder.load(folder, dtype=dtype, device=device)
+    if kernels_for(dtype, device) is None:
+        refuse_int8(precision, folder, f"no compiled kernels on {device.type}")
     _log.info("%s runs on the lean decoder", folder)
-    return LeanDecoder.load(folder, dtype=dtype, device=device)
+    return LeanDecoder.load(folder, dtype=dtype, device=device, int8=precision == "int8")
 
 
 class ModulesDecoder:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from actors.engine.precision import has_bf16
 from configs.errors import ArtifactError, ContractError, CorruptArtifactError
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32", "int8"]
 
 _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -27,11 +27,25 @@ _SIZES = (
 
 
 def placement(precision: Precision, device: str) -> tuple[torch.dtype, torch.device]:
-    """Weights' type and place: `auto` is the first GPU if there is one, and bf16 where there is arithmetic for it."""
+    """Type of arithmetic and place: `auto` is the first GPU if there is one, and bf16 where there is arithmetic for it.
+
+    `int8` is about weights: products are fp32 then. Which models can have them is for `modules.load_decoder` to say.
+    """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if precision == "auto":
         precision = "bf16" if has_bf16(where) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32, where
+
+
+def refuse_int8(precision: Precision, folder: Path, reason: str) -> None:
+    """Raises `ArtifactError` with that reason if weights were to be int8."""
+    if precision == "int8":
+        raise ArtifactError(
+            f"{folder}: this model cannot have int8 weights",
+            received=reason,
+            allowed="decoders shaped like Llama, on a CPU with a C compiler",
+            next_step="choose precision auto, fp32 or bf16",
+        )
 
 
 def read_config(folder: Path) -> Any:

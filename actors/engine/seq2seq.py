@@ -28,7 +28,14 @@ from actors.engine.emission import emit, wanted
 from actors.engine.kernels import kernels_kind
 from actors.engine.linear import pack
 from actors.engine.padding import padded, present
-from actors.engine.pretrained import Precision, check_vocabulary, load_modules, placement, read_config
+from actors.engine.pretrained import (
+    Precision,
+    check_vocabulary,
+    load_modules,
+    placement,
+    read_config,
+    refuse_int8,
+)
 from actors.engine.request import Completion, Request, TokenEvent
 from actors.engine.runner import check_kind, run_to_end
 from actors.engine.scheduler import Scheduler, Turn
@@ -182,6 +189,7 @@ class Seq2SeqEngine:
         window = _window(config, context_length)
         cache_tokens = max_sequences * window if cache_tokens is None else cache_tokens
         window = min(window, cache_tokens)
+        refuse_int8(precision, folder, "an encoder-decoder")
         dtype, where = placement(precision, device)
         from transformers import AutoModelForSeq2SeqLM
 

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from actors.engine.runner import Asked, Event, Runner
@@ -23,11 +23,11 @@ _Event = TypeVar("_Event", bound=Event)
 
 @dataclass(frozen=True, eq=False)
 class _Stream(Generic[_Request, _Event]):
-    """The coroutine's end of one request."""
+    """The end of one request in an event loop."""
 
     request: _Request
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[_Event | GanymedeError] = field(default_factory=asyncio.Queue)
+    deliver: Callable[[_Event | GanymedeError], None]
 
 
 _Item = tuple[_Stream[_Request, _Event], _Event | GanymedeError]
@@ -59,23 +59,33 @@ class AsyncEngine(Generic[_Request, _Event]):
         Raises what the runner's `submit` raises, and `EngineError` if the engine fails or is closed meanwhile. An event
         with `finish_reason` `error` is given out, not raised.
         """
-        stream: _Stream[_Request, _Event] = _Stream(request, asyncio.get_running_loop())
+        items: asyncio.Queue[_Event | GanymedeError] = asyncio.Queue()
+        cancel = self.begin(request, items.put_nowait)
+        try:
+            ended = False
+            while not ended:
+                item = await items.get()
+                if isinstance(item, GanymedeError):
+                    raise item
+                ended = item.finish_reason is not None
+                yield item
+        finally:
+            cancel()
+
+    def begin(self, request: _Request, deliver: Callable[[_Event | GanymedeError], None]) -> Callable[[], None]:
+        """Runs a request, whose events are handed to `deliver` on the running event loop: the one with a
+        `finish_reason` is the last, and so is an error that `stream` would raise.
+
+        Returns what cancels the request; once that has ended it does nothing. Raises `EngineError` if the engine serves
+        no more.
+        """
+        stream: _Stream[_Request, _Event] = _Stream(request, asyncio.get_running_loop(), deliver)
         with self._ending:
             if self.error is not None:
                 raise self.error
             self._commands.put(lambda: self._open(stream))
-        ended = False
-        try:
-            while not ended:
-                item = await stream.items.get()
-                ended = isinstance(item, GanymedeError) or item.finish_reason is not None
-                if isinstance(item, GanymedeError):
-                    raise item
-                yield item
-        finally:
-            if not ended:
-                # A thread that has ended leaves this unread, which is right: it has no requests any more.
-                self._commands.put(lambda: self._drop(stream))
+        # A thread that has ended leaves this unread, which is right: it has no requests any more.
+        return lambda: self._commands.put(lambda: self._drop(stream))
 
     def close(self) -> None:
         """Ends the thread after the step it is in; open streams get an `EngineError`."""
@@ -146,4 +156,4 @@ class AsyncEngine(Generic[_Request, _Event]):
 
 def _put(group: list[_Item[_Request, _Event]]) -> None:
     for stream, item in group:
-        stream.items.put_nowait(item)
+        stream.deliver(item)

@@ -48,6 +48,8 @@ class CleaningConfig(Config):
     with a line feed."""
     html: bool = False
     """Take the visible text out of HTML."""
+    lowercase: bool = False
+    """Make letters lower case, as data sets like SST-2 are."""
     mask: tuple[Literal["email", "ip", "key"], ...] = ()
     """Kinds of personal or secret data to replace by placeholders."""
 

@@ -63,8 +63,9 @@ class ModelSettings(Config):
     adapters: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Adapters (`finetune` with `lora.merge: false`) that the replicas run too, each under a name of its own:
     NAME@ALIAS or NAME@VERSION of the registry, or model/NAME@VERSION."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere."""
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
+    """`auto`: bf16 where the processor or GPU has it, fp32 elsewhere; `fp32` gives the same tokens everywhere; `int8`
+    rounds the weights of Llama-shaped models on a CPU, which are read up to four times as fast then."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     queue_limit_seconds: Annotated[float, Field(gt=0)] = 120.0

@@ -63,9 +63,13 @@ class TrainingConfig(Config):
     """Layers keep their inputs alone and run again in the backward pass: a third more arithmetic, much less memory."""
     log_every_steps: Annotated[int, Field(ge=1)] = 5
     checkpoint_every_seconds: Annotated[float, Field(gt=0)] = placement(20.0)
-    """Time between two durable checkpoints of a run."""
-    workers: Annotated[int, Field(ge=1)] = 2
-    """Data-parallel Ray Train workers."""
+    """Time between two durable checkpoints of a run, of which the newest two are kept until it ends."""
+    checkpoint_every_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps between two checkpoints that are kept: the artifact holds the model as it was then as well, below
+    `checkpoints/`. null: none is."""
+    workers: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = 2
+    """Data-parallel Ray Train workers; two numbers are the fewest and the most that the run goes on with as machines
+    leave and come."""
     cpus_per_worker: Annotated[int, Field(ge=1)] = 1
     """Threads of a worker; decides content, as sums are rounded in their order."""
     sharding: Literal["none", "full"] = "none"
@@ -82,9 +86,22 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _rows_divide(self) -> Self:
-        if self.batch_rows % self.workers:
-            raise ValueError(f"batch_rows {self.batch_rows} must be a multiple of workers {self.workers}")
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"workers {self.workers} must be the fewest and the most, in this order")
+        for count in range(self.fewest_workers, self.most_workers + 1):
+            if self.batch_rows % count:
+                raise ValueError(f"batch_rows {self.batch_rows} must be a multiple of {count}, which workers allows")
         return self
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that the run needs."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that the run uses where there is room for them."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class LoraConfig(Config):

@@ -100,6 +100,8 @@ def steps(config: CleaningConfig, name: str) -> list[Step]:
             found.append(Step("controls", _maybe_controls, remove_controls))
         if config.normalize != "none":
             found.append(Step("nfc", _maybe_denormal, _NFC))
+    if config.lowercase:
+        found.append(Step("lowercase", _always, str.lower))
     return found + [Step(f"mask_{kind}", _always, MASKS[kind]) for kind in config.mask]
 
 

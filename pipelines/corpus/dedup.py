@@ -13,6 +13,7 @@ less like each other.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -25,7 +26,7 @@ import xxhash
 from rensa import RMinHash
 
 from configs.schema.corpus import DedupConfig, NearConfig
-from pipelines.corpus.shards import SPLITS, Split, read_batch
+from pipelines.corpus.shards import SPLITS, Split, read_batch, write_batch
 from pipelines.corpus.shingles import Hashes, fold, ngrams, word_hashes
 from pipelines.corpus.tasks import run_bounded
 
@@ -37,6 +38,11 @@ _SIGNED_AT_ONCE = 1 << 20
 moment, of 40 bytes each."""
 _JOINED_AT_ONCE = 1 << 22
 """Documents whose keys one task joins, about; bounds its memory, decides nothing."""
+_GATHERED_FILES = 128
+"""Spans whose fingerprints are gathered in one file before they are joined; fewer are joined as they are. Each of the
+joining tasks, 15 for four million documents, opens every file that is left."""
+_GATHERED_DOCUMENTS = 1 << 20
+"""A gathering ends before it holds more; bounds the memory of its task, about 300 bytes a document."""
 
 
 def band_keys(documents: Sequence[Hashes], near: NearConfig) -> Hashes:
@@ -99,17 +105,68 @@ class Fingerprints:
             kinds |= {f"band{band}": keys[:, band : band + 1] for band in range(self._config.near.bands)}
         columns = {"split": pa.array(np.frombuffer(self._splits, dtype=np.uint8))}
         for kind, keys in kinds.items():
-            order = np.lexsort(keys.T[::-1])
-            for place in range(keys.shape[1]):
-                columns[f"{kind}.key{place}"] = pa.array(keys[order, place])
-            columns[f"{kind}.row"] = pa.array(order.astype(np.uint32))
+            columns |= _sorted_columns(kind, list(keys.T), np.arange(len(keys)))
         return pa.RecordBatch.from_pydict(columns)
+
+
+def _sorted_columns(kind: str, words: list[Hashes], rows: Positions) -> dict[str, pa.Array]:
+    """The keys of one kind, given the words of the keys of `rows`, as columns in the order of the keys."""
+    order = np.lexsort(words[::-1])
+    keys = {f"{kind}.key{place}": pa.array(word[order]) for place, word in enumerate(words)}
+    return {**keys, f"{kind}.row": pa.array(rows[order].astype(np.uint32))}
 
 
 def key_kinds(config: DedupConfig) -> dict[str, int]:
     """Kinds of keys that documents are joined on, with the 64-bit words in a key."""
     bands = 0 if config.near is None else config.near.bands
     return ({"exact": 2} if config.exact else {}) | {f"band{band}": 1 for band in range(bands)}
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """Fingerprints of spans that follow each other."""
+
+    files: tuple[Path, ...]
+    starts: tuple[int, ...]
+    """Of each span's first document, counted from the first of all these."""
+    out: Path
+    kinds: dict[str, int]
+
+
+def _gather(task: _Gathering) -> Path:
+    """Writes the fingerprints of several spans as if they were one."""
+    batches = [read_batch(path) for path in task.files]
+    columns: dict[str, pa.Array] = {}
+    for kind, width in task.kinds.items():
+        words = [np.concatenate([b.column(f"{kind}.key{place}").to_numpy() for b in batches]) for place in range(width)]
+        rows = [b.column(f"{kind}.row").to_numpy() + np.int64(s) for b, s in zip(batches, task.starts, strict=True)]
+        columns |= _sorted_columns(kind, words, np.concatenate(rows))
+    temporary = task.out.with_name(f".{task.out.name}.{os.getpid()}.tmp")
+    write_batch(temporary, pa.RecordBatch.from_pydict(columns))
+    return temporary.replace(task.out)
+
+
+def _gathered(files: Sequence[Path], documents: Sequence[int], config: DedupConfig) -> tuple[list[Path], list[int]]:
+    """Fewer files with the same fingerprints, and how many documents each holds."""
+    sums = np.cumsum([0, *documents])
+    groups: list[list[int]] = [[]]
+    for number in range(len(files)):
+        group = groups[-1]
+        if len(group) == _GATHERED_FILES or (group and sums[number + 1] - sums[group[0]] > _GATHERED_DOCUMENTS):
+            groups.append(group := [])
+        group.append(number)
+    tasks = [
+        _Gathering(
+            files=tuple(files[n] for n in group),
+            starts=tuple(int(sums[n] - sums[group[0]]) for n in group),
+            out=files[0].parent / f"gathered-{place:06d}.arrow",
+            kinds=key_kinds(config),
+        )
+        for place, group in enumerate(groups)
+    ]
+    with run_bounded(_gather, tasks) as written:
+        paths = sorted(written)
+    return paths, [int(sums[group[-1] + 1] - sums[group[0]]) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -196,6 +253,8 @@ def find_duplicates(files: Sequence[Path], documents: Sequence[int], config: Ded
         files: where each span's `Fingerprints.batch` was written.
         documents: how many documents each holds.
     """
+    if len(files) > _GATHERED_FILES:
+        files, documents = _gathered(files, documents, config)
     starts = tuple(np.cumsum([0, *documents]).tolist())
     exact: list[Positions] = []
     pairs: list[Positions] = []

@@ -7,7 +7,7 @@ fonts, no network. Both are functions of the corpus alone; speeds and times are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -35,7 +35,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f7f9;padding:.6em;
 
 
 class Tally:
-    """Counts documents on their way into the shards."""
+    """Counts the documents of shards; what was counted of each shard is merged into one."""
 
     def __init__(self) -> None:
         self._bytes = np.zeros(_BINS, dtype=np.int64)
@@ -43,13 +43,16 @@ class Tally:
         self._named: dict[str, dict[str, Counter[str]]] = {"source": {}, "label": {}}
         """By column and name, documents, bytes and tokens."""
 
-    def count(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Passes `batches` on."""
-        for batch in batches:
-            self._add(batch)
-            yield batch
+    def merge(self, other: Tally) -> None:
+        """Adds what `other` has counted."""
+        self._bytes += other._bytes
+        self._tokens += other._tokens
+        for column, groups in other._named.items():
+            for name, counts in groups.items():
+                self._named[column].setdefault(name, Counter()).update(counts)
 
-    def _add(self, batch: pa.RecordBatch) -> None:
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Counts the documents of `batch`."""
         sizes = batch.column("size_bytes").to_numpy()
         lengths = np.diff(batch.column("tokens").offsets.to_numpy())
         self._bytes += _log2_counts(sizes)

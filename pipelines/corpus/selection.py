@@ -5,20 +5,29 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from configs.schema.corpus import DedupConfig
-from pipelines.corpus.dedup import Duplicates, find_duplicates
+from pipelines.corpus.dedup import Duplicates, Positions, find_duplicates
 from pipelines.corpus.ledger import NO_SOURCE, ONE_SOURCE
-from pipelines.corpus.shards import SPLITS, Split, read_batch
+from pipelines.corpus.shards import SPLITS, Lengths, Split, document_tokens, read_batch
 from pipelines.corpus.spans import FINGERPRINTS, part_path
 
 _LARGEST = 10
 _EXAMPLES = 3
+
+
+class SelectedPart(NamedTuple):
+    """The documents of a span's part that stay."""
+
+    path: Path
+    lengths: Lengths
+    """Tokens of each."""
+    rows: Positions | None
+    """Their rows in the part; None if all stay."""
 
 
 class Selection:
@@ -67,17 +76,19 @@ class Selection:
             names[splits == place] = batch.column("source").to_numpy(zero_copy_only=False)
         return [name or NO_SOURCE for name in names[rows].tolist()]
 
-    def documents(self, split: Split) -> Iterator[pa.RecordBatch]:
-        """The documents of a split, span by span."""
+    def parts(self, split: Split) -> Iterator[SelectedPart]:
+        """What stays of a split, span by span; reads a few bytes a document."""
         for number in range(self._spans):
-            batch = read_batch(part_path(self._parts, number, split))
+            path = part_path(self._parts, number, split)
+            lengths = document_tokens(read_batch(path))
             if self._duplicates is None:
-                yield batch
+                yield SelectedPart(path, lengths, None)
                 continue
             start, end = self._starts[number : number + 2]
             stays = np.ones(end - start, dtype=bool)
             stays[self._duplicates.of_span(start, end - start)] = False
-            yield batch.filter(pa.array(stays[self._splits(number) == SPLITS.index(split)]))
+            kept = np.flatnonzero(stays[self._splits(number) == SPLITS.index(split)])
+            yield SelectedPart(path, lengths[kept], kept)
 
     def figures(self) -> dict[str, Any] | None:
         """What a report says about duplicates; None if they were not looked for."""

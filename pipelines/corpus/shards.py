@@ -8,11 +8,10 @@ block when it is first read.
 
 from __future__ import annotations
 
-from collections import deque
+import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,11 @@ from configs.errors import ArtifactError, CorruptArtifactError
 
 INDEX = "index.json"
 BLOCK_BYTES = 1 << 18
-_WRITERS = 2
-"""Threads; gathering, writing and hashing a shard is done outside the interpreter."""
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Lengths = npt.NDArray[np.int64]
 
 
 class _Record(BaseModel):
@@ -55,6 +53,16 @@ class SplitRecord(_Record):
     """End-of-text tokens included."""
     text_bytes: int
     shards: tuple[ShardRecord, ...]
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardRecord], text_bytes: int) -> Self:
+        """The record of a split of these shards."""
+        return cls(
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            text_bytes=text_bytes,
+            shards=tuple(shards),
+        )
 
 
 class CheckedSet(_Record):
@@ -148,34 +156,51 @@ def token_lists(tokens: list[Tokens], lengths: list[int], dtype: str) -> pa.Arra
     )
 
 
-def write_split(folder: Path, split: str, batches: Iterable[pa.RecordBatch], shard_tokens: int) -> SplitRecord:
-    """Writes documents, in the order given, as `shards/<split>-NNNNN.arrow` below `folder`.
+class Run(NamedTuple):
+    """Documents `begin` to `end` (exclusive) of one of several parts, by its place among them."""
 
-    A shard ends with the document that fills it, so the files depend on the documents and `shard_tokens` alone.
+    part: int
+    begin: int
+    end: int
+
+
+def cut_shards(parts: Iterable[Lengths], shard_tokens: int) -> Iterator[list[Run]]:
+    """What each shard of a split holds, given the tokens of every document of every part.
+
+    A shard ends with the document that fills it, so the shards follow from the documents and `shard_tokens` alone.
     """
-    (folder / "shards").mkdir(parents=True, exist_ok=True)
-    written: list[tuple[ShardRecord, int]] = []
-    waiting: deque[Future[tuple[ShardRecord, int]]] = deque()
-    with ThreadPoolExecutor(_WRITERS) as pool:
-        for number, run in enumerate(_group(batches, shard_tokens)):
-            path = folder / "shards" / f"{split}-{number:05d}.arrow"
-            waiting.append(pool.submit(_write_shard, path, folder, run))
-            if len(waiting) > _WRITERS:  # shards that wait to be written hold memory
-                written.append(waiting.popleft().result())
-        written += [shard.result() for shard in waiting]
-    return SplitRecord(
-        documents=sum(shard.documents for shard, _ in written),
-        tokens=sum(shard.tokens for shard, _ in written),
-        text_bytes=sum(text_bytes for _, text_bytes in written),
-        shards=tuple(shard for shard, _ in written),
-    )
+    pending: list[Run] = []
+    room = shard_tokens
+    for part, lengths in enumerate(parts):
+        ends = np.cumsum(lengths, dtype=np.int64)
+        begin = before = 0
+        while (last := int(np.searchsorted(ends, before + room))) < len(ends):
+            yield [*pending, Run(part, begin, last + 1)]
+            pending, begin, before, room = [], last + 1, int(ends[last]), shard_tokens
+        if begin < len(ends):
+            pending.append(Run(part, begin, len(ends)))
+            room -= int(ends[-1]) - before
+    if pending:
+        yield pending
 
 
-def _write_shard(path: Path, folder: Path, run: list[pa.RecordBatch]) -> tuple[ShardRecord, int]:
-    """Writes a shard; its record, and the bytes of text in it."""
-    batch = pa.concat_batches(run)
-    write_batch(path, batch)
-    return _describe(path, folder, batch), int(np.sum(batch.column("size_bytes").to_numpy(), dtype=np.int64))
+def shard_name(split: str, number: int) -> str:
+    """Where a shard lies, relative to the index."""
+    return f"shards/{split}-{number:05d}.arrow"
+
+
+def write_shard(path: Path, name: str, batch: pa.RecordBatch) -> ShardRecord:
+    """Writes a shard at `path`, which is there whole or not at all; `name` is what its record calls it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_batch(temporary, batch)
+    record = _describe(temporary, name, batch)
+    temporary.replace(path)
+    return record
+
+
+def document_tokens(batch: pa.RecordBatch) -> Lengths:
+    """Tokens of each document."""
+    return np.diff(batch.column("tokens").offsets.to_numpy())
 
 
 def write_batch(path: Path, batch: pa.RecordBatch) -> None:
@@ -189,28 +214,11 @@ def read_batch(path: Path) -> pa.RecordBatch:
     return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
 
 
-def _group(batches: Iterable[pa.RecordBatch], shard_tokens: int) -> Iterator[list[pa.RecordBatch]]:
-    """The documents of each shard."""
-    pending: list[pa.RecordBatch] = []
-    room = shard_tokens
-    for batch in batches:
-        offsets = batch.column("tokens").offsets.to_numpy()
-        begin = 0
-        while (last := int(np.searchsorted(offsets[1:], offsets[begin] + room))) < batch.num_rows:
-            yield [*pending, batch.slice(begin, last + 1 - begin)]
-            pending, begin, room = [], last + 1, shard_tokens
-        if begin < batch.num_rows:
-            pending.append(batch.slice(begin))
-            room -= int(offsets[-1] - offsets[begin])
-    if pending:
-        yield pending
-
-
-def _describe(path: Path, folder: Path, batch: pa.RecordBatch) -> ShardRecord:
+def _describe(path: Path, name: str, batch: pa.RecordBatch) -> ShardRecord:
     content = memoryview(pa.memory_map(str(path)).read_buffer())
     offsets = batch.column("tokens").offsets
     return ShardRecord(
-        path=path.relative_to(folder).as_posix(),
+        path=name,
         documents=batch.num_rows,
         tokens=offsets[-1].as_py() - offsets[0].as_py(),
         size_bytes=len(content),

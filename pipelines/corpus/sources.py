@@ -345,10 +345,11 @@ def _describe(filesystem: Any, root: str, name: str, known: SourceHashes) -> Sou
 def _hash(filesystem: Any, path: str) -> tuple[int, str]:
     hasher = blake3.blake3()
     size = 0
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
     with filesystem.open_input_stream(path, compression=None) as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-            size += len(chunk)
+        while count := opened.readinto(chunk):
+            hasher.update(chunk[:count])
+            size += count
     return size, hasher.hexdigest()
 
 

@@ -114,7 +114,7 @@ def prompt_logits(
     Raises `RequestError` for a prompt that does not fit, and what `load_decoder` raises.
     """
     dtype, where = placement(precision, device)
-    decoder = load_decoder(folder, "auto", dtype=dtype, device=where)
+    decoder = load_decoder(folder, "auto", dtype=dtype, device=where, precision=precision)
     if not 0 < len(prompt_ids) < decoder.context:
         raise RequestError(
             "the prompt leaves no room in the model's context window, or is empty", param="prompt",

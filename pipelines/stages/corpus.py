@@ -20,10 +20,11 @@ from pipelines.corpus.contamination import Registered, evaluation_sets, register
 from pipelines.corpus.documents import sample_texts
 from pipelines.corpus.encode import PROBES, Backend, Encoder, fastest_encoder, first_difference
 from pipelines.corpus.ledger import Ledger
+from pipelines.corpus.merge import merge_parts
 from pipelines.corpus.pieces import choose_span_bytes, plan_spans
-from pipelines.corpus.report import Tally, metrics, render, split_figures
+from pipelines.corpus.report import metrics, render, split_figures
 from pipelines.corpus.selection import Selection
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, SPLITS, CheckedSet, CorpusIndex, write_split
+from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CheckedSet, CorpusIndex, Split, SplitRecord
 from pipelines.corpus.sources import Listing, Rejected, check_unchanged, list_source
 from pipelines.corpus.spans import Commit, Span, encode_span, load_commit, read_commit
 from pipelines.corpus.tasks import run_bounded
@@ -80,8 +81,11 @@ class CorpusStage:
         steps.end("select")
 
         context.check_lease()
-        tally = Tally()
-        index = _merge(config, encoder, contract, selection, tally, checked, context.out)
+        splits, tally = merge_parts(
+            selection, config.shard_tokens, context.work / "shards", context.out, context.check_lease
+        )
+        _check_filled(splits, config)
+        index = _index(encoder, contract, splits, checked)
         report = {
             "source_digest": listing.digest,
             "files": files,
@@ -95,6 +99,7 @@ class CorpusStage:
         _publish(report, config, index, context)
         steps.end("merge")
         speed = steps.speed(listing.size_bytes)
+        context.run.log_metrics(_speed_metrics(speed), step=0)
         return {**report, **speed, "spans": encoded.spans, "encoder": encoder.backend, "encoder_reason": reason}
 
 
@@ -120,8 +125,14 @@ class _Steps:
         }
 
 
+def _speed_metrics(speed: Mapping[str, Any]) -> dict[str, float]:
+    whole = {f"corpus/{name}": float(speed[name]) for name in ("seconds", "megabytes_per_second")}
+    return whole | {f"corpus/seconds/{step}": float(taken) for step, taken in speed["seconds_by_step"].items()}
+
+
 def _publish(report: Mapping[str, Any], config: CorpusConfig, index: CorpusIndex, context: StageContext) -> None:
-    """Writes the report, and tells the tracker what is in it."""
+    """Writes index and report, and tells the tracker what is in them."""
+    write_durably(context.out / INDEX, index.model_dump_json(indent=1).encode() + b"\n")
     (context.out / "report.json").write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
     (context.out / "report.html").write_text(render(report), encoding="utf-8")
     context.run.log_file(context.out / "report.html")
@@ -255,19 +266,8 @@ def _dtype(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
-def _merge(
-    config: CorpusConfig,
-    encoder: Encoder,
-    contract: TextContract,
-    selection: Selection,
-    tally: Tally,
-    checked: dict[str, CheckedSet],
-    out: Path,
-) -> CorpusIndex:
-    """Writes the shards and the index from what was selected of the committed parts."""
-    splits = {}
-    for split in SPLITS:
-        record = write_split(out, split, tally.count(selection.documents(split)), config.shard_tokens)
+def _check_filled(splits: Mapping[Split, SplitRecord], config: CorpusConfig) -> None:
+    for split, record in splits.items():
         if not record.documents:
             raise DataError(
                 f"no document of the source is in split {split}",
@@ -275,15 +275,17 @@ def _merge(
                 allowed="a source with text in both splits",
                 next_step="take more files, another split.validation_fraction or another split.salt",
             )
-        splits[split] = record
-    index = CorpusIndex(
+
+
+def _index(
+    encoder: Encoder, contract: TextContract, splits: Mapping[Split, SplitRecord], checked: Mapping[str, CheckedSet]
+) -> CorpusIndex:
+    return CorpusIndex(
         dtype="uint16" if _dtype(encoder.vocab_size) == "uint16" else "uint32",
         vocab_size=encoder.vocab_size,
         end_of_text_id=encoder.end_of_text_id,
         contract=contract.hash,
         block_bytes=BLOCK_BYTES,
-        splits=splits,
-        checked=checked,
+        splits=dict(splits),
+        checked=dict(checked),
     )
-    write_durably(out / INDEX, index.model_dump_json(indent=1).encode() + b"\n")
-    return index

@@ -51,11 +51,18 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`; the newest `keep` are kept. One run writes, any process may read."""
+    """The checkpoints of one run in `folder`; the newest `keep` are kept, and those of every `every_steps`-th step.
+    One run writes, any process may read.
+    """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, every_steps: int | None = None) -> None:
         self._folder = folder
         self._keep = keep
+        self._every_steps = every_steps
+
+    def is_kept(self, step: int) -> bool:
+        """Whether the checkpoint of `step` stays when newer ones are there."""
+        return self._every_steps is not None and step % self._every_steps == 0
 
     def steps(self) -> list[int]:
         """Steps that checkpoints are there for, newest first."""
@@ -63,7 +70,7 @@ class Checkpoints:
         return sorted((int(name) for name in found if name.isdigit()), reverse=True)
 
     def save(self, checkpoint: Checkpoint, ranks: Ranks = Ranks()) -> None:  # noqa: B008 - frozen
-        """Makes `checkpoint` durable, then removes those beyond `keep`.
+        """Makes `checkpoint` durable, then removes those that are not to be kept.
 
         Each of `ranks` gives the rows that it holds, all of them at the same time.
 
@@ -146,7 +153,7 @@ class Checkpoints:
         sync_folder(aside)
         aside.rename(target)
         sync_folder(self._folder)
-        for step in self.steps()[self._keep :]:
+        for step in [step for step in self.steps() if not self.is_kept(step)][self._keep :]:
             shutil.rmtree(self._path(step), ignore_errors=True)
 
     def _path(self, step: int) -> Path:

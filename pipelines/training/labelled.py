@@ -80,6 +80,10 @@ class LabelledObjective(ABC):
     def samples(self, step: int, rank: int, world_size: int) -> list[str]:
         """See `Objective`."""
 
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """See `Objective`; none unless a subclass has some."""
+        return ()
+
     @abstractmethod
     def predict(self, model: nn.Module, rows: LabelledRows) -> tuple[Tensor, Tensor]:
         """Logits [labels, classes] and classes [labels] of the labels of `rows` that are predicted, in their order."""

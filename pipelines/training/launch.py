@@ -1,7 +1,8 @@
 """Ray Train shell: runs a training task on a group of workers and follows it from the driver.
 
-Ray Train starts the group, joins it with gloo (or NCCL), replaces it when a worker dies, and no more: checkpoints,
-metrics and resumption are the loop's own, so the loop is the same without Ray.
+Ray Train starts the group, joins it with gloo (or NCCL), and replaces it when a worker dies or, where the number of
+workers may vary, when machines leave or come, and no more: checkpoints, metrics and resumption are the loop's own, so
+the loop is the same without Ray.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ _RAY_SETTINGS = {
 _LOOK_SECONDS = 0.3
 _LEASE_SECONDS = 5.0
 _STOP_SECONDS = 30.0
+_RESIZE_SECONDS = 20.0
+"""How often a run with room for more workers looks whether they can be had."""
 _log = logging.getLogger("ganymede.training")
 
 
@@ -75,13 +78,15 @@ def train_on_workers(task: Task, skeleton: nn.Module, row_tokens: int, context: 
     follower = Follower(task.work / FILE)
     context.progress(Progress(0, task.config.steps, "step"))
     fitting.start()
+    done = 0
     try:
         checked = time.monotonic()
         while fitting.is_alive():
             fitting.join(_LOOK_SECONDS)
-            _forward(follower, task.config, context)
+            done = max(done, _forward(follower, task.config, context))
             if time.monotonic() - checked > _LEASE_SECONDS:
                 context.check_lease()
+                context.run.log_metrics(_machine_figures(), step=done)
                 checked = time.monotonic()
     except BaseException:
         (task.work / STOP).touch()
@@ -105,7 +110,7 @@ def _look_ahead(task: Task, skeleton: nn.Module, row_tokens: int, context: Stage
         row_tokens,
         config,
         memory_bytes=_free_memory(config, machines) if seen else None,
-        workers_on_machine=1 if config.use_gpu else -(-config.workers // machines),
+        workers_on_machine=1 if config.use_gpu else -(-config.most_workers // machines),
     )
     check(plan(facts, config), facts, config)
     if seen and can_try(facts):
@@ -153,7 +158,10 @@ def _fit(task: Task, outcome: list[BaseException]) -> None:
                 backend="nccl" if config.use_gpu else "gloo", timeout_s=config.hang_seconds
             ),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+                num_workers=config.workers,
+                use_gpu=config.use_gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=_RESIZE_SECONDS,
             ),
             run_config=ray.train.RunConfig(
                 name="train",
@@ -169,7 +177,9 @@ def _work(settings: dict[str, Any]) -> None:
     run(settings["task"], Ranks.current(), ray.train.torch.get_device())
 
 
-def _forward(follower: Follower, config: TrainingConfig, context: StageContext) -> None:
+def _forward(follower: Follower, config: TrainingConfig, context: StageContext) -> int:
+    """Hands new lines on; the last step among them, or 0."""
+    step = 0
     for line in follower.new_lines():
         if "notice" in line:
             _log.warning("%s", line["notice"])
@@ -177,15 +187,27 @@ def _forward(follower: Follower, config: TrainingConfig, context: StageContext) 
         step, time_ms = line.pop("step"), line.pop("time_ms")
         context.run.log_metrics(line, step=step, time_ms=time_ms)
         context.progress(Progress(step, config.steps, "step", line))
+    return step
+
+
+def _machine_figures() -> dict[str, float]:
+    """What the driver's machine is doing, beside the curves of training."""
+    memory = psutil.virtual_memory()
+    figures = {"system/cpu_percent": psutil.cpu_percent(), "system/memory_used_gb": memory.used / 1e9}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        figures["system/gpu_memory_used_gb"] = (total - free) / 1e9
+    return figures
 
 
 def _check_resources(config: TrainingConfig) -> None:
     there = ray.cluster_resources()
-    needed = {"CPU": config.workers * config.cpus_per_worker, "GPU": config.workers if config.use_gpu else 0}
+    workers = config.fewest_workers
+    needed = {"CPU": workers * config.cpus_per_worker, "GPU": workers if config.use_gpu else 0}
     for resource, count in needed.items():
         if there.get(resource, 0) < count:
             raise ConfigError(
-                f"training needs {count} {resource}s for {config.workers} workers; the cluster has fewer",
+                f"training needs {count} {resource}s for {workers} workers; the cluster has fewer",
                 received=there.get(resource, 0),
                 allowed=f"at least {count}",
                 next_step="lower training.workers or training.cpus_per_worker, or set training.use_gpu=false",

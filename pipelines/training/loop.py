@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,10 +26,11 @@ from pipelines.training.checkpoint import Checkpoint, Checkpoints, without_prefi
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.guard import LossGuard
 from pipelines.training.hardware import Hardware
-from pipelines.training.models import flops_per_token, recompute_activations
+from pipelines.training.models import recompute_activations, training_flops
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
 from pipelines.training.parallel import GradientBuffer, Ranks
+from pipelines.training.samples import continuations
 from pipelines.training.schedule import rate_factor
 from pipelines.training.sharding import Program, collect_gradients, drop_gathered, held_weights, shard
 
@@ -42,7 +43,7 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class Hooks:
-    """How a run speaks to the world outside; `report` and `resumed` are called on rank 0 alone."""
+    """How a run speaks to the world outside; `report`, `resumed` and `wrote` are called on rank 0 alone."""
 
     report: Callable[[Mapping[str, float]], None]
     """Takes the figures of a step, `step` among them."""
@@ -54,6 +55,8 @@ class Hooks:
     """Called on every rank with the number of a step (from 1) before it first waits for the others in it."""
     should_stop: Callable[[], bool]
     """Asked once a step on every rank; one True stops all of them after that step, with a checkpoint."""
+    wrote: Callable[[int, Sequence[Sequence[int]], Sequence[Sequence[int]]], None] = lambda step, prompts, written: None
+    """Takes, after the evaluation of a step, prompts and what the model wrote behind them, as token ids."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Trainer:
         if self._hardware.compile:
             self._model.base_model.compile(dynamic=False)
         matmul_rate = self._hardware.matmul_rate(self._ranks)
-        clock = _Clock(flops_per_token(self._model, self._objective.row_tokens), matmul_rate)
+        clock = _Clock(training_flops(self._model, self._objective.row_tokens), matmul_rate)
         self._saved_at = time.monotonic()
         for step in range(start, self._config.steps):
             self._writer.check()
@@ -142,11 +145,12 @@ class Trainer:
             if evaluates:
                 with self._average.in_place() if self._average else contextlib.nullcontext():
                     figures |= self.evaluate()
+                    self._write(step + 1)
             if logs:
                 clock.restart()
             if logs and self._ranks.rank == 0:
                 self._hooks.report({**figures, "time_ms": time.time_ns() // 1_000_000})
-            if stop or last or save:
+            if stop or last or save or self._checkpoints.is_kept(step + 1):
                 saving = time.perf_counter()
                 self._save(step + 1)
                 clock.stalled(time.perf_counter() - saving)
@@ -203,6 +207,17 @@ class Trainer:
             figures |= {f"validation_loss/{name}": mean for name, mean in zip(sources, means, strict=True)}
         return figures
 
+    def _write(self, step: int) -> None:
+        """Has the model go on with the objective's prompts."""
+        if self._ranks.rank > 0 or self._sharded:
+            return
+        prompts = self._objective.prompts()
+        self._model.eval()
+        with self._hardware.autocast():
+            written = continuations(self._model, prompts)
+        self._model.train()
+        self._hooks.wrote(step, prompts, written)
+
     def _step(self, step: int, clock: _Clock) -> tuple[dict[str, float], bool, bool]:
         """One step: its figures, whether to stop, whether a checkpoint is due."""
         waiting = time.perf_counter()
@@ -231,7 +246,7 @@ class Trainer:
         if self._average:
             self._average.follow(step + 1)
         self._tokens_seen += int(tokens)
-        clock.trained(int(positions))
+        clock.trained(int(positions), int(tokens))
         figures = {
             "step": step + 1,
             "tokens_seen": self._tokens_seen,
@@ -307,21 +322,23 @@ def _mixed(*numbers: int) -> int:
 class _Clock:
     """Speeds of the steps since the last restart; evaluation is not in them."""
 
-    def __init__(self, flops_per_token: float, matmul_rate: float) -> None:
-        self._flops_per_token = flops_per_token
+    def __init__(self, flops: tuple[float, float], matmul_rate: float) -> None:
+        self._per_position, self._per_target = flops
         self._matmul_rate = matmul_rate
         self.restart()
 
     def restart(self) -> None:
         """Begins a new interval."""
-        self._tokens = 0
+        self._positions = 0
+        self._targets = 0
         self._waiting = 0.0
         self._stall = 0.0
         self._since = time.perf_counter()
 
-    def trained(self, tokens: int) -> None:
-        """Counts positions that all ranks ran over."""
-        self._tokens += tokens
+    def trained(self, positions: int, targets: int) -> None:
+        """Counts positions that all ranks ran over, and targets among them."""
+        self._positions += positions
+        self._targets += targets
 
     def waited(self, seconds: float) -> None:
         """Counts time spent on getting data."""
@@ -335,10 +352,10 @@ class _Clock:
         """Positions a second, share of the measured matmul rate, share of time spent on data, seconds that checkpoints
         held training up, since `restart`."""
         seconds = time.perf_counter() - self._since
-        rate = self._tokens / seconds
+        flops = self._positions * self._per_position + self._targets * self._per_target
         return {
-            "tokens_per_second": rate,
-            "mfu": rate * self._flops_per_token / self._matmul_rate,
+            "tokens_per_second": self._positions / seconds,
+            "mfu": flops / seconds / self._matmul_rate,
             "data_wait_fraction": self._waiting / seconds,
             "checkpoint_stall_seconds": self._stall,
         }

@@ -251,28 +251,34 @@ def trained_count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def flops_per_token(model: nn.Module, length: int) -> float:
-    """Floating-point operations of one training step per position, for rows of `length` positions.
+def training_flops(model: nn.Module, length: int) -> tuple[float, float]:
+    """Floating-point operations of one training step, for rows of `length` positions: per position that the model runs
+    over, and on top per target, as output matrix and heads see targets alone.
 
-    Six per weight that takes part in a matrix product (the output matrix included, an embedding lookup not), four if it
-    is frozen and has no gradient, and 12 x layers x width x length for attention, half of that behind a causal mask
-    (Chowdhery et al. 2022, appendix B).
+    Six per weight that takes part in a matrix product (an embedding lookup not), four if it is frozen and has no
+    gradient, and 12 x layers x width x length for attention, half of that behind a causal mask (Chowdhery et al. 2022,
+    appendix B).
     An encoder-decoder uses about half of its weights at each position, of input or output; a recurrent layer has no
     attention.
     """
     config = model.config
     embeddings = _embedding_ids(model)
-    used = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
+    body = {id(p) for p in model.base_model.parameters()}
     output = model.get_output_embeddings()
-    if output is not None and id(output.weight) in embeddings:
-        used.append(output.weight)
-    products = sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in used)
+    outer = {id(p): p for p in model.parameters() if id(p) not in body}
+    if output is not None:
+        outer[id(output.weight)] = output.weight
+    inner = [p for p in model.parameters() if id(p) not in embeddings | outer.keys()]
     sides = 2 if config.is_encoder_decoder else 1
     causal = type(config) in AutoModelForCausalLM._model_mapping and not _is_encoder(config)
     attention = (6.0 if causal else 12.0) * config.num_hidden_layers * config.hidden_size * length
     if config.model_type == LstmConfig.model_type:
         attention = 0.0
-    return products / sides + attention
+    return _product_flops(inner) / sides + attention, _product_flops(outer.values())
+
+
+def _product_flops(weights: Iterable[nn.Parameter]) -> float:
+    return sum((6.0 if p.requires_grad else 4.0) * p.numel() for p in weights if p.ndim == 2)
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, nn.Parameter]:

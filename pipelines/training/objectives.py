@@ -23,6 +23,7 @@ from pipelines.training.cross_entropy import linear_cross_entropy
 from pipelines.training.models import hidden_states
 from pipelines.training.ordering import Epochs
 from pipelines.training.pairs import PairRows
+from pipelines.training.samples import PROMPT_TOKENS, PROMPTS
 
 _BUCKET_TOKENS = 32
 """Padded rows are a multiple of this long, so that few different shapes occur."""
@@ -116,6 +117,10 @@ class Objective(Protocol[B]):
         """The validation rows by source, the same at every call; one source needs no name."""
         ...
 
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """Token ids that the model goes on with at each evaluation, for people to read; none if it writes no texts."""
+        ...
+
     def loss(self, model: nn.Module, rows: B) -> Tensor:
         """Loss summed over the targets of `rows`, in nats."""
         ...
@@ -137,6 +142,10 @@ class LanguageObjective:
     """UTF-8 bytes of text per target token in the validation data."""
     z_loss: float = 0.0
     """See `linear_cross_entropy`; in training only."""
+
+    def prompts(self) -> Sequence[Sequence[int]]:
+        """See `Objective`; none unless a subclass has some."""
+        return ()
 
     def loss(self, model: nn.Module, rows: Rows) -> Tensor:
         """See `Objective`."""
@@ -196,6 +205,11 @@ class CausalLanguageModel(LanguageObjective):
         """See `Objective`."""
         return name_samples(self._train, step, rank, world_size)
 
+    def prompts(self) -> list[list[int]]:
+        """The beginnings of validation rows."""
+        first = next(iter(self._validation.values()))
+        return first.rows(PROMPTS)[:, : min(PROMPT_TOKENS, self.row_tokens // 2)].tolist()
+
 
 class SupervisedPairs(LanguageObjective):
     """Completions given prompts: a row is one rendered conversation, the completion's tokens are the targets."""
@@ -225,6 +239,11 @@ class SupervisedPairs(LanguageObjective):
     def validation(self) -> Mapping[str, Rows]:
         """The first held-out pairs."""
         return {"": padded_rows(self._validation, range(min(self._validation_rows, len(self._validation))))}
+
+    def prompts(self) -> list[list[int]]:
+        """The prompts of the first held-out pairs."""
+        pairs = (self._validation[index] for index in range(min(PROMPTS, len(self._validation))))
+        return [ids[:length].tolist() for ids, length in pairs]
 
     def samples(self, step: int, rank: int, world_size: int) -> list[str]:
         """See `Objective`."""

@@ -19,11 +19,11 @@ from configs.errors import ConfigError
 from configs.schema.training import TrainingConfig
 from pipelines.training.hardware import Hardware
 from pipelines.training.models import (
-    flops_per_token,
     hidden_matrices,
     parameter_count,
     recompute_activations,
     trained_count,
+    training_flops,
 )
 from pipelines.training.objectives import Batch, Objective
 from pipelines.training.optim import Optimizer
@@ -66,6 +66,7 @@ class Facts:
     gathered: int
     """Parameters that a worker of a sharded run has whole at once: those outside the layers, and the largest layer."""
     flops_per_position: float
+    """As if each were predicted."""
     row_positions: int
     """Longest row."""
     memory_bytes: int | None
@@ -126,8 +127,8 @@ def plan(facts: Facts, config: TrainingConfig) -> Plan:
     updates = 2 * facts.trained_by_muon  # the directions before and after orthogonalisation
     kept = facts.parameters + facts.trained + numbers + updates
     kept += 0 if config.use_gpu else facts.trained + numbers
-    if config.sharding == "full" and config.workers > 1:
-        kept = -(-kept // config.workers) + 2 * facts.gathered
+    if config.sharding == "full" and config.fewest_workers > 1:
+        kept = -(-kept // config.fewest_workers) + 2 * facts.gathered
         kept = kept if config.use_gpu else max(kept, facts.parameters)
     activations = facts.trial.activation_bytes if facts.trial else 0
     row = facts.trial.row_positions if facts.trial else facts.row_positions
@@ -135,7 +136,7 @@ def plan(facts: Facts, config: TrainingConfig) -> Plan:
     positions = round(config.steps * batch)
     seconds = rate = None
     if facts.trial:
-        step = batch * facts.trial.seconds_per_position / config.workers + facts.trial.optimizer_seconds
+        step = batch * facts.trial.seconds_per_position / config.most_workers + facts.trial.optimizer_seconds
         seconds, rate = config.steps * step, batch / step
     price = config.price_per_hour
     return Plan(
@@ -235,7 +236,7 @@ def survey(
         trained=trained_count(skeleton),
         trained_by_muon=sum(matrix.numel() for matrix in matrices.values()),
         gathered=parameter_count(skeleton) - sum(layers) + max(layers, default=0),
-        flops_per_position=flops_per_token(skeleton, row_positions),
+        flops_per_position=sum(training_flops(skeleton, row_positions)),
         row_positions=row_positions,
         memory_bytes=memory_bytes,
         workers_on_machine=workers_on_machine,
@@ -245,6 +246,6 @@ def survey(
 def _first_parts(objective: Objective[Any], config: TrainingConfig) -> Iterator[Batch]:
     """The micro-batches of the first steps, on rank 0."""
     for step in range(min(_TRIAL_BATCHES, config.steps)):
-        rows = objective.batch(step, 0, config.workers)
+        rows = objective.batch(step, 0, config.most_workers)
         for begin in range(0, len(rows), config.micro_batch_rows):
             yield rows.part(begin, min(begin + config.micro_batch_rows, len(rows)))

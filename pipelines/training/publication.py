@@ -18,12 +18,14 @@ from configs.schema.training import TrainingConfig
 from pipelines.stage import StageContext
 from pipelines.training.adapters import ADAPTER, Adapters
 from pipelines.training.card import Card
-from pipelines.training.checkpoint import Checkpoints, without_prefix
+from pipelines.training.checkpoint import Checkpoint, Checkpoints, without_prefix
 from pipelines.training.curve import draw_curve
 from pipelines.training.examples import Framing
 from pipelines.training.loop import AVERAGE
 from pipelines.training.metrics import FILE, STEP_FIGURES, read_metrics
 from pipelines.training.models import Head, parameter_count, save_model, set_generation, trained_count, window
+from pipelines.training.samples import FILE as SAMPLES
+from pipelines.training.samples import read_samples
 from pipelines.training.worker import CHECKPOINTS, HARDWARE
 
 _TEXT_FILES = (
@@ -31,6 +33,8 @@ _TEXT_FILES = (
 )  # fmt: skip
 
 
+KEPT = "checkpoints"
+"""Folder of the models of earlier steps that were kept."""
 CURVE = "curve.json"
 """The figures of every logged step that do not depend on the clock."""
 _TIMED = ("time_ms", "tokens_per_second", "mfu", "data_wait_fraction", "checkpoint_stall_seconds")
@@ -80,12 +84,13 @@ def write_model(
     run kept one. `adapters` that are attached to it are written too, and the model itself only if they are to be merged
     into it, which they then are. `score` is asked for what is measured of the finished model alone.
     """
-    checkpoint = Checkpoints(context.work / CHECKPOINTS).load(config.steps)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        weights = AVERAGE if config.ema_decay is not None else "model"
-        for name, value in without_prefix(weights, checkpoint.tensors).items():
-            parameters[name].copy_(value)
+    checkpoints = Checkpoints(context.work / CHECKPOINTS, every_steps=config.checkpoint_every_steps)
+    for step in filter(checkpoints.is_kept, checkpoints.steps()):
+        if step < config.steps:
+            _take_weights(model, checkpoints.load(step), config)
+            _write_kept(publication, model, adapters, context.out / KEPT / f"step-{step:08d}")
+    checkpoint = checkpoints.load(config.steps)
+    _take_weights(model, checkpoint, config)
     trained = trained_count(model)
     _write_weights(publication, model, adapters, context.out)
     sizes = {"parameters": parameter_count(model), "trained_parameters": trained}
@@ -99,6 +104,9 @@ def write_model(
     curve = [{name: value for name, value in line.items() if name not in _TIMED} for line in lines]
     (context.out / CURVE).write_text(json.dumps(curve) + "\n")
     context.run.log_file(context.out / "loss.png")
+    samples = read_samples(context.work / SAMPLES, Text.load(publication.text_from))
+    if samples:
+        context.run.log_table(samples, "samples.json")
     scored = [line for line in lines if "validation_loss" in line]
     scores = score(model)
     card = Card(
@@ -128,6 +136,23 @@ def write_model(
         **({"signatures": dict(scores.signatures)} if scores.signatures else {}),
         **hardware,
     }
+
+
+@torch.no_grad()
+def _take_weights(model: nn.Module, checkpoint: Checkpoint, config: TrainingConfig) -> None:
+    parameters = dict(model.named_parameters())
+    weights = AVERAGE if config.ema_decay is not None else "model"
+    for name, value in without_prefix(weights, checkpoint.tensors).items():
+        parameters[name].copy_(value)
+
+
+def _write_kept(publication: Publication, model: nn.Module, adapters: Adapters | None, folder: Path) -> None:
+    """The model of a step before the last, or its adapters alone."""
+    folder.parent.mkdir(exist_ok=True)
+    if adapters is not None:
+        adapters.save(folder)
+        return
+    save_model(model, folder, eos_token_ids=publication.eos_token_ids, pad_token_id=publication.pad_token_id)
 
 
 def _adapter_facts(adapters: Adapters, trained: int) -> dict[str, str]:

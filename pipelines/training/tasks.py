@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipelines.training.examples import ExampleRows
 from pipelines.training.labelled import IGNORED, LabelledObjective, LabelledRows, pad_rows, predict_targets
 from pipelines.training.ordering import Epochs
+from pipelines.training.samples import PROMPTS
 
 _GROUP = 16
 """Batches that are drawn together and cut by length."""
@@ -122,6 +123,10 @@ class Sequences(ExampleObjective):
     """A text from a text: translation, summaries."""
 
     written = True
+
+    def prompts(self) -> list[list[int]]:
+        """The sources of the first held-out examples."""
+        return [self._validation[index][0].tolist() for index in range(min(PROMPTS, len(self._validation)))]
 
     def predict(self, model: nn.Module, rows: LabelledRows) -> tuple[Tensor, Tensor]:
         """See `LabelledObjective`."""

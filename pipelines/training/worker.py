@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from actors.store.artifacts import write_durably
 from configs import errors
 from configs.errors import GanymedeError, StageError
 from configs.schema.training import TrainingConfig
+from pipelines.training import samples
 from pipelines.training.checkpoint import Checkpoints
 from pipelines.training.hardware import Hardware, is_out_of_memory, peak_memory_bytes
 from pipelines.training.loop import Hooks, Trainer
@@ -22,6 +24,7 @@ from pipelines.training.metrics import FILE, MetricsFile
 from pipelines.training.objectives import Objective
 from pipelines.training.parallel import Ranks
 from pipelines.training.presence import Presence, is_timeout
+from pipelines.training.samples import keep_samples
 
 CHECKPOINTS = "checkpoints"
 STOP = "stop"
@@ -53,6 +56,12 @@ def run(task: Task, ranks: Ranks, device: torch.device) -> None:
     torch.set_num_threads(task.config.cpus_per_worker)
     metrics = MetricsFile(task.work / FILE)
     presence = Presence(task.work, ranks.rank, ranks.world_size)
+
+    def resumed(done: int) -> None:
+        metrics.resumed(done)
+        if not isinstance(task.config.workers, int):
+            metrics.append({"notice": f"workers: {ranks.world_size} from step {done + 1} on"})
+
     try:
         hardware = Hardware.resolve(task.config, device)
         if ranks.rank == 0:
@@ -64,13 +73,14 @@ def run(task: Task, ranks: Ranks, device: torch.device) -> None:
             task.config,
             hardware=hardware,
             ranks=ranks,
-            checkpoints=Checkpoints(task.work / CHECKPOINTS),
+            checkpoints=Checkpoints(task.work / CHECKPOINTS, every_steps=task.config.checkpoint_every_steps),
             hooks=Hooks(
                 report=metrics.append,
-                resumed=metrics.resumed,
+                resumed=resumed,
                 notice=lambda text: metrics.append({"notice": text}),
                 arrived=presence.arrive,
                 should_stop=(task.work / STOP).exists,
+                wrote=functools.partial(keep_samples, task.work / samples.FILE),
             ),
         )
         trainer.run()

@@ -37,6 +37,13 @@ def _arguments(value: Any) -> Any:
     return value
 
 
+class TextPart(Strict):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: str
+
+
 class CalledFunction(Strict):
     """A function, and what it was called with."""
 
@@ -56,7 +63,7 @@ class ChatMessage(Strict):
     """One message of a conversation. `null` stands for a field that is not there, as clients send answers back."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart])]
     tool_calls: Annotated[tuple[ToolCall, ...], Field(min_length=1, strict=False)] | None = None
     tool_call_id: str | None = None
     """Of the call whose result this is."""
@@ -129,7 +136,15 @@ class NamedFunction(Strict):
     name: str
 
 
-ToolChoice = Annotated[str | NamedFunction, BeforeValidator(_choice)]
+class ChosenFunction(Strict):
+    """The same as clients write it."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+_ChoiceForms = Literal["none", "auto", "required"] | ChosenFunction
+ToolChoice = Annotated[str | NamedFunction, BeforeValidator(_choice, json_schema_input_type=_ChoiceForms)]
 
 
 def functions(tools: tuple[Tool, ...]) -> tuple[Function, ...]:

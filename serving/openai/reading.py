@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from actors.engine.encodings import Classification, Embedding, Tagging
 from serving.calls import ReadCall, Readings, Refusal, fingerprint
@@ -26,7 +26,9 @@ def _texts(value: Any) -> Any:
     return tuple(texts)
 
 
-Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+_Text = Annotated[str, Field(min_length=1)]
+_TextForms = _Text | Annotated[list[_Text], Field(min_length=1)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts, json_schema_input_type=_TextForms)]
 
 
 class _ReadRequest(Strict):

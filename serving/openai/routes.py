@@ -1,9 +1,9 @@
 """The routes of the endpoint, over anything that answers calls.
 
 `/v1/models`, `/v1/models/{name}`, `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`, `/v1/classify`,
-`/v1/ner`, `/v1/score`, `/tokenize`, `/detokenize`, `/live`, `/health`, `/metrics`. All are there whatever the model can
-do: the replica refuses, and says what it can. Bodies are read by hand, up to a limit, so that everything wrong with one
-(its size, its JSON, a field) is told in the same shape.
+`/v1/ner`, `/v1/score`, `/tokenize`, `/detokenize`, `/live`, `/health`, `/metrics`, `/openapi.json`. All are there
+whatever the model can do: the replica refuses, and says what it can. Bodies are read by hand, up to a limit, so that
+everything wrong with one (its size, its JSON, a field) is told in the same shape.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from serving.catalogue import Catalogue, Entry
 from serving.keys import Keyed, KeyRing
 from serving.metrics import CONTENT_TYPE, Metrics
 from serving.openai.body import read_request, short
+from serving.openai.document import document
 from serving.openai.errors import ApiError, error_response
 from serving.openai.reading import (
     ClassifyRequest,
@@ -73,6 +74,7 @@ def create_api(catalogue: Catalogue, config: ServingConfig, metrics: Metrics) ->
         api.add_middleware(Keyed, ring=KeyRing(config.keys_path))
     api.add_middleware(Observed, metrics=metrics, log=AccessLog(config.access_log), tracing=Tracing.from_environment())
     api.add_api_route("/live", routes.live, methods=["GET"], response_model=None)
+    api.add_api_route("/openapi.json", routes.document, methods=["GET"], response_model=None)
     api.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
     api.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     api.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
@@ -102,6 +104,10 @@ class _Routes:
     async def live(self) -> Response:
         """200 as long as the ingress itself runs; whether a model can be asked is what `/health` says."""
         return JSONResponse({"status": "ok"})
+
+    async def document(self) -> Response:
+        """The OpenAPI document."""
+        return JSONResponse(document(tuple(self._catalogue)))
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""

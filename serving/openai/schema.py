@@ -24,6 +24,14 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_CHOICES = 128
 SEED_BITS = 63
 
+# What clients may send where a validator makes one form of several.
+_TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_PromptForms = (
+    str | Annotated[list[str], Field(min_length=1)] | _TokenIds | Annotated[list[_TokenIds], Field(min_length=1)]
+)
+_Stop = Annotated[str, Field(min_length=1)]
+_StopForms = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
+
 
 def _prompts(value: Any) -> Any:
     """The four forms of `prompt` as one: a tuple of texts or of token id tuples."""
@@ -59,6 +67,7 @@ def _biases(value: Any) -> Any:
 
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
+_BiasForm = dict[Annotated[str, Field(pattern=r"^[0-9]+$")], Bias]
 LogprobCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
@@ -77,12 +86,12 @@ class _Request(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops, json_schema_input_type=_StopForms)] = ()
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_biases)] = Field({})
+    logit_bias: Annotated[dict[int, Bias], BeforeValidator(_biases, json_schema_input_type=_BiasForm)] = Field({})
     response_format: ResponseFormat = ResponseFormat(type="text")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -195,7 +204,7 @@ class CompletionRequest(_Request):
 
     required: ClassVar[frozenset[str]] = frozenset({"model", "prompt"})
 
-    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts)]
+    prompt: Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts, json_schema_input_type=_PromptForms)]
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     """0 generates nothing: with `echo` and `logprobs`, the prompt is scored."""
     echo: bool = False

@@ -27,6 +27,7 @@ from serving.timing import Waterfall
 logger = logging.getLogger("ray.serve")
 
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 BROKEN = Refusal(500, "the answer broke off: the server met an error", "internal_error")
 
 
@@ -194,7 +195,7 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(data).encode() + b"\n\n"
 
 
 def _events(answer: Answer, cursor: Cursor, batch: Sequence[Piece], *, include_usage: bool) -> bytes:

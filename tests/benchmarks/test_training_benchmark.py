@@ -53,7 +53,7 @@ def test_training_time_adds_up_over_intervals_of_different_speed() -> None:
 
 
 def test_the_recipe_that_is_timed_is_a_recipe_of_fp32() -> None:
-    stage = Recipe.model_validate(_speed_recipe({"workers": 1, "cpus_per_worker": 2}, 8)).stages["pretrain"]
+    stage = Recipe.model_validate(_speed_recipe(8)).stages["run-0"]
     assert stage.training.precision == "fp32"
     assert (stage.training.workers, stage.training.cpus_per_worker) == (1, 2)
 
@@ -69,18 +69,19 @@ def test_the_page_has_ratios_stalls_and_times_to_a_loss() -> None:
         "date": "today", "command": "python -m benchmarks.training", "versions": {"torch": "2"},
         "machine": {"processor": "p", "cores": 2, "memory_gb": 8, "load_before": 0.1, "python": "3"},
         "parts": {
-            "speed": {"steps": 9, "tokens_per_second": rates, "share_of_matmul_rate": {ours[0]: 0.8, ours[1]: 0.7}},
+            "speed": {"steps": 9, "tokens_per_second": rates, "fastest_tokens_per_second": rates,
+                      "share_of_matmul_rate": {ours[0]: 0.8, ours[1]: 0.7}},
             "checkpoint": {"17M": {"seconds": 0.5, "bytes": 2e8}},
             "shakespeare": {
-                "reference": curve((30.0, 2.0), (60.0, 1.88)), "reference_parameters": 1,
-                "third": curve((10.0, 2.0), (20.0, 1.85)), "whole": curve((30.0, 1.7), (60.0, 1.6)),
+                "stage": "third", "parameters": 1, "reference": curve((30.0, 2.0), (60.0, 1.88)),
+                "ours": curve((10.0, 2.0), (20.0, 1.85)),
             },
         },
     })  # fmt: skip
-    assert "| transformers' Trainer | 800 | 1.25x |  |" in page
-    assert "| ganymede, 2 workers of 1 thread, AdamW | 900 | 1.11x | 70% |" in page
-    assert "against 1 of 2: 0.90x" in page
+    assert "| transformers' Trainer | 800 | 800 | 1.25x (1.25x) |  |" in page
+    assert "| ganymede, 2 workers of 1 thread, AdamW | 900 | 900 | 1.11x (1.11x) | 70% |" in page
+    assert "against 1 of 2: 0.90x (0.90x)" in page
     assert "Every 50 steps of 4.55 s, that is 0.2% of the time" in page
     assert "| ganymede `third` | 200 | 20.0 | 1.8500 | 0.33 |" in page
-    assert "To the small GPT's last loss (1.880): small GPT 60.0 s, `third` 20.0 s, `whole` 30.0 s." in page
+    assert "To the small GPT's last loss (1.880): small GPT 60.0 s, ganymede `third` 20.0 s." in page
     assert "To 1.886 (1.886)" in page

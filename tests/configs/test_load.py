@@ -67,6 +67,11 @@ def test_overrides_are_yaml_and_the_last_one_wins(recipe: str) -> None:
     [
         ("stages.pretrain.training.stpes=3", r"stages\.pretrain\.training\.stpes: unknown key; did you mean steps\?"),
         ("stages.pretrain.training.steps=no", r"stages\.pretrain\.training\.steps; received 'no'.*valid integer"),
+        (
+            "stages.pretrain.training.workers=[1,3]",
+            r"stages\.pretrain\.training: batch_rows \d+ must be a multiple of 3",
+        ),
+        ("stages.pretrain.training.workers=[2,1]", r"workers \(2, 1\) must be the fewest and the most, in this order"),
         ("stages.pretrain.training.batch_rows=3", r"stages\.pretrain\.training: batch_rows 3 must be a multiple of"),
         ("stages.pretrian.training.steps=4", r"no stage 'pretrian'; did you mean pretrain\?"),
         ("pretrain.training.steps=4", r"did you mean stages\.pretrain\.training\.steps\?"),

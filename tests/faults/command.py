@@ -16,7 +16,7 @@ import psutil
 RECIPE = Path(__file__).with_name("recipe.yaml")
 
 
-def _heed_interrupts() -> None:
+def heed_interrupts() -> None:
     """As a shell does for what it runs in the foreground; whoever runs the tests may have them ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -35,7 +35,7 @@ class Command:
             stdout=subprocess.PIPE,
             stderr=self.log,
             start_new_session=terminal,
-            preexec_fn=_heed_interrupts if terminal else None,
+            preexec_fn=heed_interrupts if terminal else None,
         )
 
     def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:

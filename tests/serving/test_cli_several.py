@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from infra.platform import free_ports
+from tests.faults.command import heed_interrupts
 from tests.infra.conftest import command_environment, run_ganymede
 from tests.serving.test_several_models import ADAPTERS, PROMPT, home
 
@@ -38,8 +39,9 @@ def serving(home: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`ganymede serve`, once it says that it answers; ended by Ctrl-C, after which nothing of it is left."""
     command = [sys.executable, "-m", "infra.cli.main", "serve", *arguments]
     process = subprocess.Popen(
-        command, cwd=home, env=command_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=home, env=command_environment(home), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=heed_interrupts,
+    )  # fmt: skip
     assert process.stdout is not None
     said = process.stdout.readline()
     assert "Ctrl-C ends it" in said, said + process.stdout.read()

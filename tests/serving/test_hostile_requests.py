@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import random
 import socket
 import time
@@ -67,6 +68,7 @@ FORMATS: list[dict[str, Any]] = [
     {"structured_outputs": {"grammar": 'start: "a"'}},
 ]
 
+BLNS = Path(os.environ.get("GANYMEDE_DATA", Path(__file__).parents[3] / "shared/data")) / "blns/blns.json"
 NAUGHTY = [
     "", "\x00", "\ud800", "\udfff\ud800", "\ufeff", "\u202etest", "👩\u200d🚀", "ﷺ" * 50, "Ω≈ç√∫µ≤", "<|end|>",
     "<|endoftext|>", "'; DROP TABLE users; --", "{{ 7 * 7 }}", "{% raise %}", "${jndi:ldap://x}", "../../etc/passwd",
@@ -294,3 +296,20 @@ def test_a_field_without_a_name_is_named_all_the_same() -> None:
     with pytest.raises(ApiError) as refused:
         read_request(CompletionRequest, b'{"model": "m", "prompt": "p", "": "\\ud800"}')
     assert refused.value.refusal.param == '""'
+
+
+@pytest.mark.skipif(not BLNS.is_file(), reason=f"no data at {BLNS}")
+def test_naughty_strings_come_back_as_they_were_sent(client: httpx.Client) -> None:
+    strings = [text for text in json.loads(BLNS.read_text()) if text]
+    for first in range(0, len(strings), 64):
+        some = strings[first : first + 64]
+        body = {"model": "tiny", "prompt": some, "echo": True, "max_tokens": 0}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        assert [choice["text"] for choice in answer.json()["choices"]] == some
+    for text in strings[::5]:
+        said = {"model": "tiny", "messages": [{"role": "user", "content": text}], "max_tokens": 1, "user": text}
+        assert client.post("/v1/chat/completions", json=said).status_code == 200
+        ids = client.post("/tokenize", json={"model": "tiny", "prompt": text}).json()["tokens"]
+        assert client.post("/detokenize", json={"model": "tiny", "tokens": ids}).json() == {"prompt": text}
+    assert still_serves(client)

@@ -37,5 +37,5 @@ def test_the_page_has_speeds_ratios_and_memory() -> None:
     assert "| ours | 900 | 900 |" in page
     assert "| transformers serve | 200.0 | 200.0 |" in page
     assert "90% of the engine's own tokens/s at 32; 5.0 ms added" in page
-    assert "9.0 times the tokens/s at 32; 8.0 times as fast" in page
+    assert "9.0 times the tokens/s at 32; 8.0 times as fast to the first token at 1, 8.0 times" in page
     assert "968 open streams that wait cost 150 MB" in page

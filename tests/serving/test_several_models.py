@@ -145,14 +145,14 @@ def test_an_adapters_answers_are_signed_by_base_and_adapter_and_go_on_from_an_ev
     assert prints == {each.name: fingerprint(each.digest) for each in (offers[0].model, *adapters)}
     body = {"model": "legal", "prompt": PROMPT, "max_tokens": 20, "stream": True, "min_tokens": 20}
     *whole, _ = http.post("/v1/completions", json=body).text.split("\n\n")
-    last = whole[4].split("\n")[0].removeprefix("id: ")
+    last = whole[0].split("\n")[0].removeprefix("id: ")
     *rest, _ = http.post("/v1/completions", json=body, headers={"Last-Event-ID": last}).text.split("\n\n")
 
     def written(blocks: Sequence[str]) -> str:
         data = [json.loads(block.partition("data: ")[2]) for block in blocks if not block.endswith("[DONE]")]
         return "".join(chunk["choices"][0]["text"] for chunk in data)
 
-    assert written(whole[:5] + rest) == written(whole)
+    assert written(whole[:1] + rest) == written(whole)
     other = http.post("/v1/completions", json={**body, "model": "medical"}, headers={"Last-Event-ID": last})
     assert other.status_code == 400
 

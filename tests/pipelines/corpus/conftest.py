@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from actors.store.artifacts import Artifact, ArtifactStore
-from actors.store.tracker import NoTracker
+from actors.store.tracker import JsonLinesTracker
 from configs.artifacts import Identity, Ref
 from configs.schema.corpus import SourceConfig, TokenizerConfig
 from pipelines.stage import StageContext
@@ -50,7 +50,7 @@ def stage_context(folder: Path) -> StageContext:
         name=folder.name,
         work=folder / "work",
         out=folder / "out",
-        run=NoTracker().run("key", folder.name),
+        run=JsonLinesTracker(folder / "tracked").run("key", folder.name),
         progress=lambda progress: None,
         check_lease=lambda: None,
         store=ArtifactStore(folder / "store"),

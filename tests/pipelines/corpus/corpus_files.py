@@ -12,7 +12,18 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipelines.corpus.shards import BLOCK_BYTES, INDEX, CorpusIndex, document_schema, token_column, write_split
+from pipelines.corpus.shards import (
+    BLOCK_BYTES,
+    INDEX,
+    CorpusIndex,
+    SplitRecord,
+    cut_shards,
+    document_schema,
+    document_tokens,
+    shard_name,
+    token_column,
+    write_shard,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -33,6 +44,17 @@ def document_batch(
         for field in schema
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def write_split(folder: Path, split: str, batches: Sequence[pa.RecordBatch], shard_tokens: int) -> SplitRecord:
+    """Shards of `batches`, in this order, below `folder`."""
+    (folder / "shards").mkdir(parents=True, exist_ok=True)
+    shards = []
+    for number, runs in enumerate(cut_shards(map(document_tokens, batches), shard_tokens)):
+        name = shard_name(split, number)
+        documents = [batches[run.part].slice(run.begin, run.end - run.begin) for run in runs]
+        shards.append(write_shard(folder / name, name, pa.concat_batches(documents)))
+    return SplitRecord.of(shards, sum(size for batch in batches for size in batch.column("size_bytes").to_pylist()))
 
 
 def write_corpus(

@@ -32,6 +32,10 @@ def test_prose_is_brought_to_one_form(text: str, after: str, step: str) -> None:
     assert _clean(text, normalize="none", mojibake=False, controls=False) == (text, [])
 
 
+def test_letters_become_lower_case_where_asked() -> None:
+    assert _clean("Élan IN A.py", name="a.py", lowercase=True) == ("élan in a.py", ["lowercase"])
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -89,6 +89,8 @@ def test_every_document_is_in_its_split_once_and_comes_back(run: Run, source_fol
     assert summary["empty"] >= 1
     assert summary["encoder"] == "gigatoken"
     assert CorpusIndex.load(context.out).contract == make_contract(tokenizer.path).hash
+    tracked = "".join(path.read_text() for path in (context.home / "tracked").rglob("*.jsonl"))
+    assert all(f'"corpus/{name}"' in tracked for name in ("train/tokens", "megabytes_per_second", "seconds/encode"))
 
 
 def test_shards_are_the_same_bytes_for_any_number_of_tasks_at_a_time(run: Run, broken_source: Path) -> None:

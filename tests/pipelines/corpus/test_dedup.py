@@ -108,8 +108,10 @@ def test_the_first_of_each_set_stays_however_the_documents_are_cut_into_spans(tm
     config = DedupConfig(near=NEAR)
     whole = _find([texts], config, tmp_path / "whole")
     cut = _find([texts[:1], [], texts[1:7], texts[7:40], texts[40:]], config, tmp_path / "cut")
+    dust = _find([span for text in texts for span in ([text], [], [])], config, tmp_path / "dust")
     for name in ("dropped", "kept", "exact"):
         assert np.array_equal(getattr(whole, name), getattr(cut, name))
+        assert np.array_equal(getattr(whole, name), getattr(dust, name))
     assert np.array_equal(cut.of_span(7, 33), whole.dropped[(whole.dropped >= 7) & (whole.dropped < 40)] - 7)
 
     first = {text: number for number, text in reversed(list(enumerate(texts)))}

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus_files import document_batch, write_corpus
 from pyarrow import fs
 
 from actors.store.artifacts import Artifact
@@ -23,7 +25,9 @@ from pipelines.corpus.account import Account
 from pipelines.corpus.documents import read_documents
 from pipelines.corpus.known_hashes import kept_in
 from pipelines.corpus.ledger import Ledger
+from pipelines.corpus.loader import Loader
 from pipelines.corpus.pieces import plan_spans
+from pipelines.corpus.shard_cache import ShardCache
 from pipelines.corpus.sources import Listing, check_unchanged, list_source
 from pipelines.stage import StageContext
 from pipelines.stages.corpus import CorpusStage
@@ -272,3 +276,17 @@ def test_a_corpus_from_the_store_is_the_corpus_from_the_disk(
         CorpusStage().run(config, {"tokenizer": tokenizer}, context)
         made.append({p.relative_to(context.out): p.read_bytes() for p in context.out.rglob("*") if p.is_file()})
     assert made[0] == made[1]
+
+
+def test_shards_in_the_store_are_read_through_a_bounded_cache(server: Server, tmp_path: Path) -> None:
+    documents = list(np.arange(10_000, dtype=np.uint16).reshape(10, 1000))
+    here = write_corpus(tmp_path / "here", {"train": document_batch(documents)}, shard_tokens=1000)
+    files = [path for path in here.rglob("*") if path.is_file()]
+    for path in files:
+        server.put(f"corpus/{path.relative_to(here).as_posix()}", path.read_bytes())
+    bound = 3 * max(path.stat().st_size for path in files)
+    cache = ShardCache.open(server.uri("bucket/corpus"), tmp_path / "cache", bound)
+    there, local = (Loader.open(c, split="train", row_tokens=64, batch_rows=4, seed=3) for c in (cache, here))
+    for step in range(20):
+        assert np.array_equal(there.batch(step), local.batch(step))
+        assert 0 < sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= bound

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from corpus_files import write_split
 
 from configs.errors import ArtifactError, CorruptArtifactError
 from pipelines.corpus.reading import ShardFolder, ShardReader
@@ -13,7 +14,6 @@ from pipelines.corpus.shards import (
     SplitRecord,
     document_schema,
     token_column,
-    write_split,
 )
 
 

@@ -32,11 +32,11 @@ from pipelines.corpus.shards import (
     SplitRecord,
     document_schema,
     token_column,
-    write_split,
 )
 from pipelines.corpus.tokenizer import save_tokenizer, train_tokenizer
 from pipelines.stage import Progress, StageContext
 from pipelines.training.models import build_model, save_model
+from tests.pipelines.corpus.corpus_files import write_split
 
 TEXTS = [f"def add_{n}(a, b):\n    return a + b + {n}\n\n\nclass Thing{n}:\n    value = {n}\n" for n in range(40)]
 PAIRS = [

@@ -26,6 +26,7 @@ from pipelines.training.models import (
     load_model,
     pretraining_head,
     save_model,
+    training_flops,
 )
 
 ARCHITECTURES = get_args(Architecture)
@@ -171,3 +172,14 @@ def test_another_process_opens_the_recurrent_model_after_importing_its_module(tm
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "LstmForCausalLM"
+
+
+@pytest.mark.parametrize("architecture", ["llama", "modernbert", "lstm"])
+def test_the_arithmetic_of_a_step_counts_the_output_matrix_for_targets_alone(architecture: Architecture) -> None:
+    model = build_model(tiny(architecture, intermediate_size=64), vocab_size=100, eos_token_id=0, seed=1)
+    body = {"llama": 4 * 32 * 32 + 3 * 32 * 64, "modernbert": 4 * 32 * 32 + 3 * 32 * 64, "lstm": 2 * 4 * 32 * 32}
+    attention = {"llama": 6 * 2 * 32 * 16, "modernbert": 12 * 2 * 32 * 16, "lstm": 0}
+    head = {"llama": 0, "modernbert": 32 * 32, "lstm": 0}
+    per_position, per_target = training_flops(model, 16)
+    assert per_position == 6 * 2 * body[architecture] + attention[architecture]
+    assert per_target == 6 * (100 * 32 + head[architecture])

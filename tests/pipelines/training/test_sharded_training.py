@@ -65,16 +65,18 @@ def held_bytes(folder: Path) -> list[int]:
     return [sum(tensor.nbytes for tensor in load_file(shard).values()) for shard in shards]
 
 
-SHARDED = CONFIG.model_copy(update={"sharding": "full", "steps": 9})
+WHOLE = CONFIG.model_copy(update={"steps": 9})
+SHARDED = WHOLE.model_copy(update={"sharding": "full"})
 
 
-def test_a_sharded_run_goes_on_bit_by_bit_after_a_kill(tmp_path: Path) -> None:
-    assert Run(SHARDED).on_two(tmp_path / "whole") == [0, 0]
-    often = SHARDED.model_copy(update={"checkpoint_every_seconds": 1e-9})
-    killed = Run(often, killed_in=(5, 1)).on_two(tmp_path / "killed")
+@pytest.mark.parametrize(("config", "lora"), [(SHARDED, False), (SHARDED, True), (WHOLE, True)])
+def test_a_run_goes_on_bit_by_bit_after_a_kill(tmp_path: Path, config: TrainingConfig, lora: bool) -> None:
+    assert Run(config, lora=lora).on_two(tmp_path / "whole") == [0, 0]
+    often = config.model_copy(update={"checkpoint_every_seconds": 1e-9})
+    killed = Run(often, lora=lora, killed_in=(5, 1)).on_two(tmp_path / "killed")
     assert killed[1] == -9
     assert Checkpoints(tmp_path / "killed").steps()[0] in (4, 5)
-    assert Run(SHARDED).on_two(tmp_path / "killed") == [0, 0]
+    assert Run(config, lora=lora).on_two(tmp_path / "killed") == [0, 0]
     assert figures(tmp_path / "killed", "step") == figures(tmp_path / "whole", "step")
     one, other = (Checkpoints(tmp_path / folder).load(9).tensors for folder in ("whole", "killed"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -26,7 +26,9 @@ from pipelines.training.models import build_model
 from pipelines.training.objectives import Objective, SupervisedPairs
 from pipelines.training.pairs import PairRows, render_pairs
 from pipelines.training.parallel import Ranks
-from pipelines.training.publication import Publication, write_model
+from pipelines.training.publication import KEPT, Publication, write_model
+from pipelines.training.samples import FILE as SAMPLES
+from pipelines.training.samples import read_samples
 from pipelines.training.worker import CHECKPOINTS, PEAK, STOP, Task, clear_signals, read_failure, run
 
 CPU = torch.device("cpu")
@@ -78,6 +80,11 @@ def test_a_stopped_and_resumed_run_publishes_the_same_files(folder: Path) -> Non
     assert [line["step"] for line in read_metrics(parts.work / FILE)] == []
     clear_signals(parts.work)
     run(parts, Ranks(), CPU)
+    text = Text.load(folder)
+    samples = read_samples(whole.work / SAMPLES, text)
+    assert [sample["step"] for sample in samples] == [4, 4, 8, 8]
+    assert "double 0" in samples[0]["prompt"]
+    assert samples == read_samples(parts.work / SAMPLES, text)
     (summary, out), (_, again) = publish(whole, folder), publish(parts, folder)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert files == {path.name: path.read_bytes() for path in again.iterdir()}
@@ -98,6 +105,17 @@ def test_a_run_with_an_average_publishes_that(folder: Path) -> None:
     assert not torch.equal(published, tensors["model/model.norm.weight"])
     peak = json.loads((task.work / PEAK).read_bytes())["peak_memory_bytes"]
     assert 50e6 < peak < 50e9
+
+
+def test_checkpoints_by_steps_are_in_the_artifact(folder: Path) -> None:
+    task = make_task(folder, "kept", CONFIG.model_copy(update={"checkpoint_every_steps": 3}))
+    run(task, Ranks(), CPU)
+    _, out = publish(task, folder)
+    assert sorted(path.name for path in (out / KEPT).iterdir()) == ["step-00000003", "step-00000006"]
+    kept, last = (AutoModelForCausalLM.from_pretrained(place) for place in (out / KEPT / "step-00000003", out))
+    tensors = Checkpoints(task.work / CHECKPOINTS).load(3).tensors
+    assert torch.equal(kept.state_dict()["model.norm.weight"], tensors["model/model.norm.weight"])
+    assert not torch.equal(kept.state_dict()["model.norm.weight"], last.state_dict()["model.norm.weight"])
 
 
 def test_a_run_that_diverges_tells_the_driver(folder: Path) -> None:
