@@ -1,8 +1,8 @@
 """lm-eval asks the endpoint (`local-completions`) and finds what it finds by itself (`hf`) in the same weights.
 
 It sends token ids in batches, `echo` with `logprobs`, and `max_tokens` 0 or 1. The texts fit the window: longer ones it
-cuts one token earlier for an endpoint than for `hf`, so that they are not the same question. It lives in an environment of its own
-(extra `eval-peers`): `LM_EVAL=/path/to/lm-eval` unless it is on the PATH.
+cuts one token earlier for an endpoint than for `hf`, so that they are not the same question. It lives in an environment
+of its own (extra `eval-peers`): `LM_EVAL=/path/to/lm-eval` unless it is on the PATH.
 """
 
 from __future__ import annotations
