@@ -1,6 +1,7 @@
 """The inference engine against `transformers` and llama.cpp, on the same weights, prompts and cores.
 
     python -m benchmarks.engine [--quick] [--json] [--only PART ...] [--llama-bench PATH] [--precision fp32|bf16]
+        [--measure rates|steps|trace ...]
 
 Decoders (17 and 100 million parameters, prompts of 72 tokens, 64 new ones) at 1, 8 and 32 requests at once, and with
 requests that arrive at random; prefill; what of a step is not the model's; the machine's own bounds beside it. T5 and
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.engine_decoding import CONCURRENCY, NEW, PROMPT, decoding
+from benchmarks.engine_decoding import CONCURRENCY, MEASURES, NEW, PROMPT, decoding
 from benchmarks.engine_encoders import SOURCES, encoder, seq2seq
 from benchmarks.engine_models import MODELS, model_folder
 from benchmarks.measuring import command, keep, machine, versions
@@ -49,6 +50,8 @@ def main() -> int:
     page = _page(document)
     if not options.quick:
         name = "engine" if set(options.only) == set(_PARTS) else f"engine-{'-'.join(options.only)}"
+        if set(options.measure) != set(MEASURES):
+            name += f"-{'-'.join(options.measure)}"
         print(f"kept as {keep(name, document, page).relative_to(ROOT)}", file=sys.stderr)
     print(json.dumps(document, indent=2) if options.json else page)
     return 0
@@ -61,6 +64,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=_PARTS, default=_PARTS, metavar="PART", help=", ".join(_PARTS))
     parser.add_argument("--runs", type=int, default=3, help="runs of each; the median counts")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of all weights")
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        choices=MEASURES,
+        default=MEASURES,
+        help="what of the decoders, each in a page of its own",
+    )
     llama = os.environ.get("GANYMEDE_LLAMA_BENCH")
     parser.add_argument("--llama-bench", default=llama, help="llama.cpp's llama-batched-bench")
     parser.add_argument("--work", type=Path, default=ROOT / ".ganymede/benchmarks/engine", help="scratch folder")
@@ -80,6 +90,7 @@ def _part(name: str, options: argparse.Namespace, runs: int) -> dict[str, Any]:
         concurrency=CONCURRENCY[:2] if options.quick else CONCURRENCY,
         runs=runs,
         llama_bench=options.llama_bench,
+        measures=options.measure,
     )
 
 
@@ -98,7 +109,7 @@ def _page(document: dict[str, Any]) -> str:
         "",
     ]
     for name, part in document["parts"].items():
-        if "roofline" in part:
+        if "parameters" in part:
             lines += _decoding_lines(name, part)
         elif "texts" in part:
             lines += [f"## {name}: {part['texts']} texts of very different lengths", ""]
@@ -111,12 +122,44 @@ def _page(document: dict[str, Any]) -> str:
 
 
 def _decoding_lines(name: str, part: dict[str, Any]) -> list[str]:
-    rates = part["output_tokens_per_second"]
-    levels = list(rates["engine"])
     lines = [
         f"## {name}: {part['parameters'] / 1e6:.0f} M parameters, {part['dtype']}, prompts of {PROMPT} tokens, {NEW} "
         "new ones",
         "",
+    ]
+    if "roofline" in part:
+        lines += _level_lines(part)
+    if "own_share_of_a_step" in part:
+        ours, plain = part["prefill_tokens_per_second"].values()
+        delays = ", ".join(f"{delay:.1f} beside {n}" for n, delay in part["prefill_delay_in_steps"].items())
+        lines += [
+            f"- Prefill: {ours:.0f} tokens/s, {ours / plain:.2f} of a plain batched forward pass.",
+            f"- Steps' time by which a prompt of 500 tokens delays those that decode: {delays}.",
+            f"- Of a decoding step, {part['own_share_of_a_step']:.1%} is not the model's.",
+            "",
+        ]
+    if "trace" in part:
+        lines += _trace_lines(part["trace"])
+    return lines
+
+
+def _trace_lines(trace: dict[str, dict[str, float]]) -> list[str]:
+    return [
+        "| requests that arrive at random, 16 to 200 tokens, 8 to 128 new ones | output tokens/s | median s | p95 s |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {who} | {found['output_tokens_per_second']:.0f} | {found['median_seconds']:.1f} "
+            f"| {found['p95_seconds']:.1f} |"
+            for who, found in trace.items()
+        ),
+        "",
+    ]
+
+
+def _level_lines(part: dict[str, Any]) -> list[str]:
+    rates = part["output_tokens_per_second"]
+    levels = list(rates["engine"])
+    lines = [
         "| output tokens/s, prefill and sampling included | " + " | ".join(f"{n} at once" for n in levels) + " |",
         "|---|" + "---:|" * len(levels),
     ]
@@ -128,26 +171,14 @@ def _decoding_lines(name: str, part: dict[str, Any]) -> list[str]:
     bounds = {"1": roof["tokens_per_second_at_1"], "32": roof["tokens_per_second_at_32"]}
     shares = [f"{rates['engine'][n] / bound:.0%} of {bound:.0f} tokens/s at {n}" for n, bound in bounds.items()
               if n in levels]  # fmt: skip
-    prefill = part["prefill_tokens_per_second"]
-    delays = ", ".join(f"{delay:.1f} beside {n}" for n, delay in part["prefill_delay_in_steps"].items())
-    lines += [
+    return [
+        *lines,
         "",
         f"- Bounds: {roof['gigabytes_per_second']:.1f} GB/s read, {roof['gigaflops']:.0f} GFLOP/s; the engine reaches "
         + ", ".join(shares) + ", prefill and sampling included.",
         f"- Rows with exactly the tokens of `generate`: {same}.",
-        f"- Prefill: {prefill['engine']:.0f} tokens/s, {prefill['engine'] / prefill['plain batched forward']:.2f} of a "
-        "plain batched forward pass.",
-        f"- Steps' time by which a prompt of 500 tokens delays those that decode: {delays}.",
-        f"- Of a decoding step, {part['own_share_of_a_step']:.1%} is not the model's.",
         "",
-        "| requests that arrive at random, 16 to 200 tokens, 8 to 128 new ones | output tokens/s | median s | p95 s |",
-        "|---|---:|---:|---:|",
     ]  # fmt: skip
-    lines += [
-        f"| {who} | {row['output_tokens_per_second']:.0f} | {row['median_seconds']:.1f} | {row['p95_seconds']:.1f} |"
-        for who, row in part["trace"].items()
-    ]
-    return [*lines, ""]
 
 
 def _rate_lines(unit: str, rates: dict[str, float]) -> list[str]:

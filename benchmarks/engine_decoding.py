@@ -6,7 +6,7 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ PROMPT, NEW = 72, 64
 CONCURRENCY = (1, 8, 32)
 REQUESTS = {1: 2, 8: 16, 32: 32}
 """Of a closed loop, by concurrency: a request that ends is followed by the next one."""
+MEASURES = ("rates", "steps", "trace")
 _PREFILL = (16, 256)
 """Prompts and their length for the speed of prefill."""
 _INT8 = "engine, int8 weights"
@@ -46,14 +47,46 @@ def timed(run: Run, runs: int) -> tuple[float, Any]:
 
 
 def decoding(
-    folder: Path, work: Path, *, precision: Precision, concurrency: Sequence[int], runs: int, llama_bench: str | None
+    folder: Path,
+    work: Path,
+    *,
+    precision: Precision,
+    concurrency: Sequence[int],
+    runs: int,
+    llama_bench: str | None,
+    measures: Collection[str],
 ) -> dict[str, Any]:
-    """Output tokens/s of everyone at each concurrency, prefill, the step's own share and the roofline."""
+    """Output tokens/s of everyone at each concurrency with the roofline, what steps are made of, and the trace."""
     dtype, _ = placement(precision, "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     weights = sum(p.numel() for p in model.parameters())
+    part: dict[str, Any] = {"parameters": weights, "dtype": str(dtype).removeprefix("torch.")}
+    if "rates" in measures:
+        part |= _rates(folder, model, precision, concurrency, runs)
+        if llama_bench is not None:
+            rates = part["output_tokens_per_second"]
+            rates["llama.cpp"] = _llama_cpp(llama_bench, folder, work, dtype, concurrency, runs)
+            if _INT8 in rates:
+                rates["llama.cpp, Q8_0"] = _llama_cpp(llama_bench, folder, work, torch.int8, concurrency, runs)
+        part["roofline"] = _roofline(weights, dtype)
+    if "steps" in measures:
+        part |= {
+            "prefill_tokens_per_second": _prefill(folder, model, precision, runs),
+            "prefill_delay_in_steps": {
+                str(n): _delay(folder, precision, n) for n in concurrency if n < CONCURRENCY[-1]
+            },
+            "own_share_of_a_step": _own_share(folder, precision, max(concurrency)),
+        }
+    if "trace" in measures:
+        part["trace"] = _trace(folder, model, precision)
+    return part
+
+
+def _rates(
+    folder: Path, model: Any, precision: Precision, concurrency: Sequence[int], runs: int
+) -> dict[str, dict[str, Any]]:
     rates: dict[str, dict[str, float]] = {"engine": {}, "generate": {}, "continuous batching": {}}
-    int8 = dtype == torch.float32 and kernels_kind(dtype, torch.device("cpu")) == "compiled"
+    int8 = model.dtype == torch.float32 and kernels_kind(model.dtype, torch.device("cpu")) == "compiled"
     if int8:
         rates[_INT8] = {}
     same: dict[str, float] = {}
@@ -78,21 +111,7 @@ def decoding(
             rates[_INT8][str(count)] = REQUESTS[count] * NEW / seconds
         pairs = zip(tokens["engine"], tokens["generate"], strict=True)
         same[str(count)] = sum(mine == theirs for mine, theirs in pairs) / REQUESTS[count]
-    if llama_bench is not None:
-        rates["llama.cpp"] = _llama_cpp(llama_bench, folder, work, dtype, concurrency)
-        if int8:
-            rates["llama.cpp, Q8_0"] = _llama_cpp(llama_bench, folder, work, torch.int8, concurrency)
-    return {
-        "parameters": weights,
-        "dtype": str(dtype).removeprefix("torch."),
-        "output_tokens_per_second": rates,
-        "rows_equal_to_generate": same,
-        "prefill_tokens_per_second": _prefill(folder, model, precision, runs),
-        "prefill_delay_in_steps": {str(n): _delay(folder, precision, n) for n in concurrency if n < max(CONCURRENCY)},
-        "own_share_of_a_step": _own_share(folder, precision, max(concurrency)),
-        "trace": _trace(folder, model, precision),
-        "roofline": _roofline(weights, dtype),
-    }
+    return {"output_tokens_per_second": rates, "rows_equal_to_generate": same}
 
 
 def _greedy(ids: Sequence[int], name: int, new: int = NEW) -> Request:
@@ -146,18 +165,21 @@ def _answers(manager: Any, asked: Sequence[list[int]]) -> list[list[int]]:
 
 
 def _llama_cpp(
-    binary: str, folder: Path, work: Path, dtype: torch.dtype, concurrency: Sequence[int]
+    binary: str, folder: Path, work: Path, dtype: torch.dtype, concurrency: Sequence[int], runs: int
 ) -> dict[str, float]:
-    """llama.cpp's batched bench: output tokens over the time of prompts and output together."""
+    """llama.cpp's batched bench: output tokens over the median time of prompts and output together."""
     path = work / f"{folder.name}-{dtype}.gguf"
     write_gguf(folder, path, dtype)
     levels = ",".join(map(str, concurrency))
     size = max(concurrency) * 256
     command = [binary, "-m", path, "-c", size, "-b", 2048, "-ub", 512, "-npp", PROMPT, "-ntg", NEW, "-npl", levels,
                "-t", torch.get_num_threads(), "--output-format", "jsonl"]  # fmt: skip
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {str(row["pl"]): row["pl"] * row["tg"] / row["t"] for row in rows}
+    seconds: dict[int, list[float]] = {}
+    for _ in range(runs):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        for row in (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")):
+            seconds.setdefault(row["pl"], []).append(row["t"])
+    return {str(count): count * NEW / median(times) for count, times in seconds.items()}
 
 
 def _prefill(folder: Path, model: Any, precision: Precision, runs: int) -> dict[str, float]:

@@ -36,9 +36,10 @@ from configs.schema.generation import Sampling
 ROOT = Path(__file__).parents[1]
 PROMPT, NEW = 72, 64
 CONCURRENCY = (1, 8, 32)
-REQUESTS = {1: 6, 8: 24, 32: 96}
+REQUESTS = {1: 6, 8: 24, 32: 64}
 """Of a closed loop, by concurrency."""
 IDLE_STREAMS = 1000
+IDLE_TOKENS = 300
 MOST_AT_ONCE = 32
 
 
@@ -155,11 +156,14 @@ def _medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 async def _idle(folder: Path, port: int) -> dict[str, float]:
-    """Streams that are open and wait for their turn, behind those that the engine writes."""
+    """Streams that are open and wait for their turn, behind those that the engine writes, whose keys and values have
+    taken their room before.
+    """
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [tokenizer.decode(ids) for ids in prompts(IDLE_STREAMS, PROMPT, seed=9)]
+    await asyncio.gather(*(ask(port, NAME, text, IDLE_TOKENS, stream=True) for text in texts[:MOST_AT_ONCE]))
     before = serving_memory_bytes()
-    streams = [asyncio.create_task(ask(port, NAME, text, 900, stream=True)) for text in texts]
+    streams = [asyncio.create_task(ask(port, NAME, text, IDLE_TOKENS, stream=True)) for text in texts]
     await asyncio.sleep(15)
     after = serving_memory_bytes()
     answered = sum(stream.done() for stream in streams)

@@ -123,7 +123,7 @@ def _version(model: ServedModel, settings: ModelSettings) -> str:
     own = settings.model_dump_json(include=ModelSettings.model_fields.keys() - OF_ONE_MODEL)
     digest.update(f"{model.digest} {model.folder} {own}".encode())
     for package in (actors, configs, serving):
-        for path in sorted(Path(package.__path__[0]).rglob("*.[pc]*")):
-            if path.suffix in (".py", ".c"):
+        for path in sorted(Path(package.__path__[0]).rglob("*.[pch]*")):
+            if path.suffix in (".py", ".c", ".h"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -114,7 +114,7 @@ class LeanDecoder:
         self._head = head
         self._rotations_LD = rotations_LD
         kernels = kernels_for(head.dtype, head.device)
-        self._compiled = kernels and CompiledStep(
+        self._compiled = None if kernels is None else CompiledStep(
             kernels, embedding_VC=embedding, layers=layers, norm=norm, head=head, rotations_LD=rotations_LD,
             heads=shape.heads, kv_heads=shape.kv_heads, head_dim=shape.head_dim,
         )  # fmt: skip

@@ -64,11 +64,11 @@ def emit(logits_NV: torch.Tensor, turns: Items[Turn]) -> list[tuple[Turn, TokenE
 
 def _wanted(turn: Turn) -> range:
     """Positions of a turn whose logits are needed: to draw, to score, or to see that they are numbers."""
-    sequence, span = turn.sequence, turn.span
+    sequence, stop = turn.sequence, turn.span.stop
+    if not sequence.scores_prompt:
+        return range(stop - 1, stop)
     draws = turn.completes and sequence.generates
-    if sequence.scores_prompt:
-        return range(span.start, span.stop if draws else min(span.stop, sequence.prompt_tokens - 1))
-    return range(span.stop - 1, span.stop)
+    return range(turn.span.start, stop if draws else min(stop, sequence.prompt_tokens - 1))
 
 
 def _score_prompt(logits_TV: torch.Tensor, sequence: Sequence, start: int) -> bool:

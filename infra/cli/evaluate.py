@@ -221,6 +221,13 @@ def _show(report: TasksReport) -> None:
                 figures = [f"{score.value:.4f}", f"{score.low:.4f} to {score.high:.4f}"]
                 rows.append([label, name, metric, *figures, str(asked), str(one.failed)])
     print_table(["model", "task", "metric", "# score", "95 % interval", "# items", "# no answer"], rows)
+    for model in report.models.values():
+        for name, one in model.tasks.items():
+            if one.fewer_examples:
+                say(f"{name}: the window had no room for all examples of {one.fewer_examples} items; "
+                    f"{one.examples_shown:.3g} were shown on average")  # fmt: skip
+            if one.truncated:
+                say(f"{name}: {one.truncated} items were longer than the window and lost their beginning")
 
 
 def _row(one: Comparison) -> list[str]:

@@ -164,7 +164,7 @@ def _about_window(report: SweepReport) -> str | None:
     """Where the best series did not show all the examples that it was asked to."""
     best = report.cells[report.best]
     cut = [
-        f"{cell.shots} ({cell.shown:.1f} shown on average)"
+        f"{cell.shots} ({cell.shown:.3g} shown on average)"
         for cell in report.cells
         if cell.cut_items and (cell.model, cell.template, cell.sampling) == (best.model, best.template, best.sampling)
     ]

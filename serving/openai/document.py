@@ -38,7 +38,7 @@ def document(models: tuple[str, ...]) -> dict[str, Any]:
     """The document of an endpoint with models of these names. It has all routes: one that a model does not answer
     refuses with a 400 that says so.
     """
-    kinds = {*_GETS.values(), answers.Error, *(kind for pair in _POSTS.values() for kind in pair)}
+    kinds: set[type[BaseModel]] = {*_GETS.values(), answers.Error, *(kind for pair in _POSTS.values() for kind in pair)}
     ordered = sorted(kinds, key=lambda kind: kind.__name__)
     refs, schemas = models_json_schema(
         [(kind, "validation") for kind in ordered], ref_template="#/components/schemas/{model}"

@@ -11,7 +11,7 @@ from actors.engine.encoder import EncoderEngine
 from actors.engine.encodings import EncodeRequest
 from benchmarks import engine_models
 from benchmarks.engine import _page
-from benchmarks.engine_decoding import decoding
+from benchmarks.engine_decoding import MEASURES, decoding
 from benchmarks.engine_encoders import _sorted_batches
 from benchmarks.engine_gguf import write_gguf
 from benchmarks.engine_models import model_folder, texts
@@ -25,7 +25,7 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.slow
 def test_every_contestant_answers(llama: Path, tmp_path: Path) -> None:
-    part = decoding(llama, tmp_path, precision="fp32", concurrency=[1], runs=1, llama_bench=None)
+    part = decoding(llama, tmp_path, precision="fp32", concurrency=[1], runs=1, llama_bench=None, measures=MEASURES)
     assert part["rows_equal_to_generate"] == {"1": 1.0}
     assert 0 < part["own_share_of_a_step"] < 1
     assert set(part["prefill_delay_in_steps"]) == {"1"}

@@ -18,10 +18,17 @@ import psutil
 import pytest
 import yaml
 
+from infra.local import LOCAL_RAY
 from tests.faults.command import RECIPE
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS, ROWS = 100_000, 48
+CLUSTER = {name: value for name, value in os.environ.items() if name not in LOCAL_RAY} | {
+    "RAY_AUTH_MODE": "disabled",
+    # A group that was to hold a lost machine, before Ray knew, is given up after this; the default is 60 s.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+"""Environment of a Ray of several machines, without the settings of one that keeps to this one."""
 
 
 def free_port() -> int:
@@ -55,7 +62,7 @@ class Machine:
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), "start", *place, "--num-cpus=1", "--block",
              "--disable-usage-stats", f"--object-store-memory={100 << 20}"],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env=CLUSTER, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
     def lose(self) -> None:
@@ -117,11 +124,7 @@ def test_a_machine_that_is_lost_is_done_without_and_one_that_comes_is_taken_in(
     log = (tmp_path / "log").open("w")
     run = subprocess.Popen(
         [sys.executable, "-m", "infra.cli.main", "run", str(recipe(tmp_path, [1, 2])), "--json"],
-        env={
-            **os.environ, "GANYMEDE_HOME": str(home), "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": "",
-            # A group that was to hold a lost machine, before Ray knew, is given up after this; the default is 60 s.
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-        },
+        env={**CLUSTER, "GANYMEDE_HOME": str(home), "RAY_ADDRESS": address, "MLFLOW_TRACKING_URI": ""},
         stdout=log, stderr=log,
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """lm-eval asks the endpoint (`local-completions`) and finds what it finds by itself (`hf`) in the same weights.
 
-It sends token ids in batches, `echo` with `logprobs`, and `max_tokens` 0 or 1. It lives in an environment of its own
-(extra `eval-peers`): `LM_EVAL=/path/to/lm-eval` unless it is on the PATH.
+It sends token ids in batches, `echo` with `logprobs`, and `max_tokens` 0 or 1. The texts fit the window: longer ones it
+cuts one token earlier for an endpoint than for `hf`, so that they are not the same question. It lives in an environment
+of its own (extra `eval-peers`): `LM_EVAL=/path/to/lm-eval` unless it is on the PATH.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import yaml
 from tests.serving.conftest import local_endpoint
 
 LM_EVAL = os.environ.get("LM_EVAL") or shutil.which("lm-eval")
-WINDOW = 512
+WINDOW = 2048
 ARTICLES = [{"text": "def open(path, mode): return the file at the path. " * size} for size in (1, 3, 40)]
 QUESTIONS = [
     {"q": f"def open_{n}(path):\n  return", "options": [f" file {n}", " the path", " x", " naïve 🦉"], "right": n % 4}

@@ -114,15 +114,15 @@ def test_a_stream_goes_on_after_any_event_with_what_had_come(http: httpx.Client,
 def test_a_stream_that_goes_on_can_be_cut_again(http: httpx.Client) -> None:
     fields = REQUESTS["unseeded"]
     whole = events(http, fields)
-    second = events(http, fields, whole[2].id)
-    third = events(http, fields, second[2].id)
-    assert said(whole[:3] + second[:3] + third) == said(whole)
+    second = events(http, fields, whole[0].id)
+    third = events(http, fields, second[0].id) if second else []
+    assert said(whole[:1] + second[:1] + third) == said(whole)
 
 
 def test_the_same_request_may_be_written_in_another_way(http: httpx.Client) -> None:
     whole = events(http, REQUESTS["greedy"])
     written = {"temperature": 0.0, "prompt": ["def open"], "top_p": 1, "stop": None}
-    assert said(whole[:3] + events(http, written, whole[2].id)) == said(whole)
+    assert said(whole[:1] + events(http, written, whole[0].id)) == said(whole)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_an_event_of_anything_else_is_refused(
     http: httpx.Client, fields: dict[str, Any], change: tuple[str, str] | None, status: int, code: str | None
 ) -> None:
     asked = REQUESTS["unseeded"]
-    last = events(http, asked)[2].id
+    last = events(http, asked)[0].id
     assert last is not None
     fields = {name: value for name, value in {**asked, **fields}.items() if value is not None}
     answer = post(http, fields, last.replace(*change) if change else last)
@@ -155,7 +155,7 @@ def test_an_event_of_anything_else_is_refused(
 
 @pytest.mark.parametrize("steps", ["7", "1-1", "999999999", "0"])
 def test_a_place_that_the_stream_never_had_is_refused(http: httpx.Client, steps: str) -> None:
-    frame, _, written = str(events(http, REQUESTS["greedy"])[2].id).rsplit(".", 2)
+    frame, _, written = str(events(http, REQUESTS["greedy"])[-1].id).rsplit(".", 2)
     answer = post(http, REQUESTS["greedy"], f"{frame}.{steps}.{written}")
     assert answer.status_code in (400, 410)
 

@@ -142,6 +142,7 @@ def test_empty_answers_and_refusals_are_answers_that_are_wrong(world: World, tmp
     assert [row.response.texts for row in read_rows(out / ANSWERS)] == [("yes",), ("",), ("I will not.",)]
 
 
+@pytest.mark.slow  # 10 s: the command starts twice
 def test_a_command_that_is_killed_asks_only_the_items_without_an_answer_again(tmp_path: Path) -> None:
     task = write_task(tmp_path, **words(ITEMS))
     asked: list[str] = []

@@ -39,7 +39,10 @@ def asked(folder: Path, records: list[dict[str, Any]], models: dict[str, str], *
     context = stage_context(folder, None)  # type: ignore[arg-type]  # no artifact, no lineage
     TasksStage().run(TasksConfig(models=models, tasks=(f"{folder}/t.yaml",)), {}, context)
     report = TasksReport.load(context.out)
-    return {name: (report.models[name].tasks["t"], read_rows(context.out / ANSWERS, model=name)) for name in models}
+    return {
+        name: (report.models[name].tasks["t"], read_rows(context.out / ANSWERS, model=name, task="t"))
+        for name in models
+    }
 
 
 def trainers_nats(folder: Path, work: Path) -> list[float]:
