@@ -27,7 +27,7 @@ from serving.adapters import Shelf
 from serving.calls import AdapterSource, Call, Offer, Piece, Refusal, fingerprint
 from serving.keys import add_key
 from serving.replica import EngineReplica
-from tests.actors.engine.test_adapters import publish as train
+from tests.actors.engine.test_engine_adapters import publish as train
 from tests.serving.conftest import make_model, offered
 
 PROMPT = "def open(path"
