@@ -93,7 +93,7 @@ def test_a_window_without_room_for_the_examples_is_named() -> None:
     made = report({0: 0.5, 3: 0.7}, target=0.9)
     narrow = made.cells[1].model_copy(update={"shown": 1.25, "cut_items": 80})
     found = recommend(made.model_copy(update={"cells": (made.cells[0], narrow)}))
-    assert "The window of m had no room for all examples at 3 (1.2 shown on average)." in found.sentences
+    assert "The window of m had no room for all examples at 3 (1.25 shown on average)." in found.sentences
     assert not any("window" in sentence for sentence in recommend(made).sentences)
 
 
