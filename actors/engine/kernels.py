@@ -1,4 +1,5 @@
-"""The C functions of `native/` as functions of tensors: compiled when the first model is opened, in a second.
+"""The C functions of `native/` as functions of tensors: compiled when the first model is opened, in a second, and
+kept for later processes.
 
 For fp32 on a CPU. Against torch's own on one core with AVX2: products of 2 to 16 rows 1.5 to 2.8 times as fast, of 256
 rows 1.1 times; attention of tokens over unlike lengths without a mask, and without reading past an end. Where there is
@@ -12,11 +13,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +29,8 @@ KernelsKind = Literal["compiled", "torch"]
 Activation = Literal["gelu", "silu", "gelu_new"]
 """By their names in `transformers`."""
 
-_SOURCES = sorted(Path(__file__).with_name("native").glob("*.c"))
+_NATIVE = Path(__file__).with_name("native")
+_KEPT = Path(__file__).with_name("__pycache__")
 # No OpenMP library is linked: its functions are found in the one that torch has loaded, whose threads are shared.
 _COMPILE = ("-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp", "-c")
 _SMALL = 1 << 18
@@ -195,21 +199,53 @@ def _compiled() -> Kernels | None:
     if compiler is None:
         _log.warning("no C compiler is installed: models in fp32 run on torch alone, which is slower on a CPU")
         return None
-    with tempfile.TemporaryDirectory(prefix="ganymede-") as name:
-        linked = f"{name}/kernels.so"
+    try:
+        return Kernels(_library(compiler))
+    except (OSError, subprocess.SubprocessError) as error:
+        output = str(getattr(error, "stderr", None) or error).strip()
+        _log.warning("%s cannot compile native/, models in fp32 run on torch alone: %s", compiler, output)
+        return None
+
+
+def _library(compiler: str) -> ctypes.CDLL:
+    """The compiled sources: kept where Python keeps its compiled modules, if that can be written."""
+    try:
+        _KEPT.mkdir(exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=_KEPT)
+    except OSError as error:
+        _log.info("kernels are compiled anew in each process: %s", error)
+        with tempfile.TemporaryDirectory(prefix="ganymede-") as name:
+            return ctypes.CDLL(str(_built(compiler, Path(name))))
+    with scratch as name:
+        return _kept_library(compiler, _KEPT / f"kernels-{_identity(compiler)}.so", Path(name))
+
+
+def _kept_library(compiler: str, path: Path, scratch: Path) -> ctypes.CDLL:
+    """The library at `path`, compiled first, in `scratch`, if it is not there or damaged."""
+    if path.exists():
         try:
-            built = _built(compiler, Path(name))
-            link = [compiler, "-shared", *built, "-o", linked, "-lm"]
-            subprocess.run(link, check=True, capture_output=True, text=True, timeout=60)
-            return Kernels(ctypes.CDLL(linked))
-        except (OSError, subprocess.SubprocessError) as error:
-            output = str(getattr(error, "stderr", None) or error).strip()
-            _log.warning("%s cannot compile native/, models in fp32 run on torch alone: %s", compiler, output)
-            return None
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            _log.warning("%s is compiled anew: %s", path, error)
+    _built(compiler, scratch).replace(path)
+    return ctypes.CDLL(str(path))
 
 
-def _built(compiler: str, folder: Path) -> list[str]:
-    """Object files of all sources, compiled side by side."""
+def _identity(compiler: str) -> str:
+    """Of a compiled library: sources, flags, compiler and processor."""
+    digest = blake2b(digest_size=16)
+    for path in sorted(_NATIVE.glob("*.[ch]")):
+        digest.update(path.read_bytes())
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+    processor = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    digest.update(repr((_COMPILE, compiler, version, platform.machine(), processor or lines)).encode())
+    return digest.hexdigest()
+
+
+def _built(compiler: str, folder: Path) -> Path:
+    """The sources, compiled side by side, as one library in `folder`."""
 
     def build(source: Path) -> str:
         built = str(folder / f"{source.stem}.o")
@@ -218,4 +254,8 @@ def _built(compiler: str, folder: Path) -> list[str]:
         return built
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(build, _SOURCES))
+        objects = list(pool.map(build, sorted(_NATIVE.glob("*.c"))))
+    library = folder / "kernels.so"
+    link = [compiler, "-shared", *objects, "-o", str(library), "-lm"]
+    subprocess.run(link, check=True, capture_output=True, text=True, timeout=60)
+    return library

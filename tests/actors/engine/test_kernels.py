@@ -1,6 +1,8 @@
 """The compiled kernels against torch, whatever the shape, and independent of what stands beside a row."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +156,50 @@ def test_without_a_compiler_torch_computes_the_same_and_a_log_line_says_so(
         kernels._compiled.cache_clear()
     (line,) = [message for message in caplog.messages if "run on torch alone" in message]
     assert line.startswith(compiler)
+
+
+@pytest.fixture
+def counted_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """Says how often libraries were linked since; they are kept below `tmp_path`."""
+    calls, script = tmp_path / "calls", tmp_path / "cc"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\nexec {shutil.which("cc") or shutil.which("gcc")} "$@"\n')
+    script.chmod(0o755)
+    calls.touch()
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(kernels, "_KEPT", tmp_path / "kept")
+    kernels._compiled.cache_clear()
+    yield lambda: sum("-shared" in line for line in calls.read_text().splitlines())
+    kernels._compiled.cache_clear()
+
+
+def compiled_anew() -> bool:
+    kernels._compiled.cache_clear()
+    return kernels._compiled() is not None
+
+
+@needs_compiler
+def test_a_compiled_library_is_kept_for_later_processes_and_made_again_if_damaged(
+    tmp_path: Path, counted_compiler: Callable[[], int]
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    damaged = kept / f"kernels-{kernels._identity(str(tmp_path / 'cc'))}.so"
+    damaged.write_bytes(b"no library")
+    assert compiled_anew()
+    assert counted_compiler() == 1
+    assert compiled_anew()
+    assert counted_compiler() == 1
+    assert list(kept.iterdir()) == [damaged]
+
+
+@needs_compiler
+def test_where_nothing_can_be_kept_each_process_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted_compiler: Callable[[], int]
+) -> None:
+    monkeypatch.setattr(kernels, "_KEPT", Path("/proc/kept"))
+    assert compiled_anew()
+    assert compiled_anew()
+    assert counted_compiler() == 2
 
 
 @needs_compiler
