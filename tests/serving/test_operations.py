@@ -89,7 +89,7 @@ def values(http: httpx.Client) -> dict[tuple[str, ...], float]:
 def test_metrics_count_what_clients_saw(http: httpx.Client) -> None:
     before = values(http)
     whole = http.post("/v1/completions", json=body(n=2)).json()["usage"]
-    with http.stream("POST", "/v1/completions", json=body(stream=True)) as answer:
+    with http.stream("POST", "/v1/completions", json=body(stream=True, max_tokens=100)) as answer:  # in many pieces
         answer.read()
     http.post("/v1/completions", json=body(temperature=-1))
     after = values(http)
@@ -97,12 +97,12 @@ def test_metrics_count_what_clients_saw(http: httpx.Client) -> None:
     def grew(*name: str) -> float:
         return after[name] - before.get(name, 0)
 
-    assert grew("vllm:generation_tokens_total") == 24
+    assert grew("vllm:generation_tokens_total") == 116
     assert grew("vllm:prompt_tokens_total") == 2 * whole["prompt_tokens"]
     assert grew("vllm:request_success_total", "length") == 3
     assert grew("vllm:e2e_request_latency_seconds_count") == 2
     assert grew("vllm:time_to_first_token_seconds_count") == 1
-    assert 1 <= grew("vllm:inter_token_latency_seconds_count") <= 7
+    assert 1 <= grew("vllm:inter_token_latency_seconds_count") <= 99
     assert grew("http_requests_total", "/v1/completions", "POST", "200") == 2
     assert grew("http_requests_total", "/v1/completions", "POST", "400") == 1
     assert after["ganymede:replicas",] == 1
